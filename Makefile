@@ -1,0 +1,61 @@
+# `make` alone prints the targets. Everything lives in .venv; delete it to start over.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Conflict warnings are off because one is expected and harmless: "torchrec 1.8.0 requires fbgemm-gpu, which is not installed".
+# fbgemm-gpu is the CUDA build; on a CPU its place is taken by fbgemm-gpu-cpu. `distmtl doctor` checks what matters.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --no-warn-conflicts --disable-pip-version-check -c constraints.txt
+TORCHREC := torchrec==1.8.0
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev quickstart test test-slow lint clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## create .venv with the pinned CPU stack; the command is .venv/bin/distmtl
+
+install-dev: $(VENV)/.installed-dev ## the same, with pytest, ruff, mypy and import-linter
+
+quickstart: install ## generate the synthetic log and train MMoE on two Ray Train workers
+	@test -e data/synthetic/mmoe.yaml || $(BIN)/distmtl synth --out data/synthetic
+	@rm -rf runs/quickstart
+	@$(BIN)/distmtl train data/synthetic/mmoe.yaml --workers 2 run.dir=runs/quickstart
+
+test: install-dev ## run every test that is not slow and needs no GPU
+	@$(PYTEST) -m "not slow and not gpu"
+
+test-slow: install-dev ## run the slow tests
+	@$(PYTEST) -m "slow and not gpu"
+
+lint: install-dev ## ruff, mypy, import-linter
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+clean: ## remove caches and build leftovers; .venv, data and runs stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@python=; for name in python3.11 python3 python3.12; do \
+	  if $$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then python=$$name; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "distmtl needs Python 3.11 or 3.12 on PATH (found: $$(python3 --version 2>/dev/null || echo none))" >&2; exit 1; fi; \
+	echo "creating $(VENV) with $$($$python --version)"; \
+	$$python -m venv $(VENV) || { rm -rf $(VENV); echo "could not create $(VENV); on Debian and Ubuntu: apt-get install $$python-venv" >&2; exit 1; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the CPU stack (torch, fbgemm, ray, pyarrow) and distmtl: a few minutes"
+	@$(PIP_INSTALL) -e '.[cpu]'
+	@echo "installing $(TORCHREC) (alone: its metadata asks for the CUDA fbgemm)"
+	@$(PIP_INSTALL) --no-deps $(TORCHREC)
+	@touch $@
+	@echo "installed: $(BIN)/distmtl"
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the development tools (pytest, ruff, mypy, import-linter)"
+	@$(PIP_INSTALL) -e '.[cpu,dev]'
+	@touch $@

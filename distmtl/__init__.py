@@ -1,0 +1,25 @@
+"""distmtl: a distributed trainer for multi-task recommendation models.
+
+from distmtl import load_config, train, evaluate
+result = train(load_config("configs/synthetic.yaml"))   # in this process; the command line puts it under Ray
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distmtl.config import Config, load_config
+    from distmtl.errors import DistmtlError
+    from distmtl.evaluation import evaluate
+    from distmtl.loop import train
+
+_HOME = {"Config": "config", "load_config": "config", "DistmtlError": "errors", "evaluate": "evaluation", "train": "loop"}
+
+__all__ = ["Config", "DistmtlError", "evaluate", "load_config", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `import distmtl` stays fast."""
+    if name in _HOME:
+        return getattr(import_module(f"distmtl.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'distmtl' has no attribute {name!r}")

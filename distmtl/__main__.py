@@ -1,0 +1,183 @@
+"""The command line: `distmtl COMMAND --help` shows each command with an example."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distmtl.errors import DistmtlError
+
+# Commands import what they need themselves: --help answers at once.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except DistmtlError as e:
+        if getattr(arguments, "debug", False):
+            raise
+        print(f"distmtl {arguments.command}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"distmtl {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """key=value may stand anywhere: argparse itself loses those behind an option."""
+    arguments, rest = parser().parse_known_args(argv)
+    strange = [r for r in rest if r.startswith("-") or "=" not in r or not hasattr(arguments, "overrides")]
+    if strange:
+        parser().error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="distmtl", description="Train multi-task recommendation models on sharded embedding tables.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str, example: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(
+            name, help=help, description=help, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        p.set_defaults(run=run)
+        return p
+
+    p = command(
+        "synth",
+        synth,
+        "Write a synthetic click log whose best reachable metrics are known.",
+        "distmtl synth --out data/synthetic --rows 600000",
+    )
+    p.add_argument("--out", required=True, type=Path, metavar="DIR")
+    p.add_argument("--rows", type=int, default=600_000, help="rows of all splits together (default: %(default)s)")
+    p.add_argument("--users", type=int, default=20_000, help="distinct users, up to 1e8 (default: %(default)s)")
+    p.add_argument("--items", type=int, default=5_000, help="distinct items, up to 1e8 (default: %(default)s)")
+    p.add_argument("--domains", type=int, default=1, help="domains that differ in their signal (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0)
+
+    p = command(
+        "prepare", prepare, "Turn a public data set's raw files into Parquet and ready configs.",
+        "distmtl prepare census-income --source ~/census --out data/census",
+    )  # fmt: skip
+    p.add_argument("name", help="census-income or movielens-1m")
+    p.add_argument("--source", required=True, type=Path, metavar="DIR", help="folder with the raw files")
+    p.add_argument("--out", required=True, type=Path, metavar="DIR")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="options of the data set, such as protocol=P2 or fold=1")
+
+    p = command(
+        "train",
+        train,
+        "Train: on Ray Train workers, or as one rank under torchrun.",
+        "distmtl train configs/synthetic.yaml train.epochs=2 --workers 2",
+    )
+    config_arguments(p)
+    p.add_argument("--workers", type=int, metavar="N", help="shorthand for cluster.workers=N")
+    p.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH",
+        help="continue the run in run.dir (auto, the default), insist on a new one (never), or start from a checkpoint",
+    )  # fmt: skip
+
+    p = command(
+        "evaluate",
+        evaluate,
+        "Per-task metrics of a checkpoint or of a run's best one.",
+        "distmtl evaluate runs/synthetic --data data/synthetic/test",
+    )
+    p.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    p.add_argument("--data", metavar="PATH", help="Parquet to evaluate on (default: the config's test split)")
+    p.add_argument("--out", type=Path, metavar="FILE", help="also write the metrics as JSON")
+
+    p = command("config", show_config, "Print the resolved config.", "distmtl config configs/synthetic.yaml model.num_experts=8")
+    config_arguments(p)
+
+    command("doctor", doctor, "Say what would go wrong on this machine.", "distmtl doctor")
+    return top
+
+
+def config_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("config", metavar="CONFIG", help="YAML file")
+    p.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def synth(a: argparse.Namespace) -> None:
+    from distmtl.data.synthetic import write_log
+
+    write_log(a.out, rows=a.rows, users=a.users, items=a.items, domains=a.domains, seed=a.seed)
+    print(f"wrote {a.rows:,} rows to {a.out}; next: distmtl train {a.out}/mmoe.yaml --workers 2")
+
+
+def prepare(a: argparse.Namespace) -> None:
+    from distmtl.data.prepare import prepare as run
+
+    run(a.name, a.source, a.out, **dict(_option(o) for o in a.overrides))
+
+
+def _option(text: str) -> tuple[str, str]:
+    key, sep, value = text.partition("=")
+    if not sep:
+        raise DistmtlError(f"option {text!r} is not key=value")
+    return key, value
+
+
+def train(a: argparse.Namespace) -> None:
+    from distmtl.config import load_config
+    from distmtl.distributed.process import under_torchrun
+
+    config = load_config(a.config, [*a.overrides, *([f"cluster.workers={a.workers}"] if a.workers is not None else [])])
+    if under_torchrun():
+        from distmtl.loop import train as run
+    else:
+        from distmtl.cluster.trainer import train_on_ray as run
+    result = run(config, a.resume)
+    if _first_rank():
+        print_metrics(result["metrics"])
+        print(f"run directory: {result['run_dir']}")
+        print(json.dumps(result))
+
+
+def evaluate(a: argparse.Namespace) -> None:
+    from distmtl.evaluation import evaluate as run
+
+    metrics = run(a.path, a.data)
+    if _first_rank():
+        print_metrics(metrics)
+        if a.out:
+            a.out.write_text(json.dumps(metrics, indent=1) + "\n")
+        print(json.dumps(metrics))
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    from distmtl.metrics import format_metrics
+
+    print(format_metrics(metrics))
+
+
+def show_config(a: argparse.Namespace) -> None:
+    from distmtl.config import dump_config, load_config
+
+    print(dump_config(load_config(a.config, a.overrides)), end="")
+
+
+def doctor(a: argparse.Namespace) -> int:
+    from distmtl.doctor import run_doctor
+
+    return run_doctor()
+
+
+def _first_rank() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

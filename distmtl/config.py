@@ -1,0 +1,665 @@
+"""Every knob of a run, validated. YAML plus dotted overrides in, one frozen `Config` out.
+
+    config = load_config("configs/synthetic.yaml", ["train.epochs=2", "model.num_experts=8"])
+
+Unknown keys are refused with a suggestion, alternatives carry a `kind`, and all mistakes of a file are reported at once.
+Relative paths under `data` are relative to the YAML file; `run.dir` is relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from distmtl.errors import DistmtlError
+
+Unit = Annotated[float, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_\-]*$")]
+Widths = tuple[PositiveInt, ...]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+class DataConfig(Strict):
+    """Where the rows are and in which order they are trained (docs/data.md)."""
+
+    train: str = Field(description="Parquet file, folder of Parquet files, or glob.")
+    validation: str | None = Field(None, description="Decides early stopping and the best checkpoint.")
+    test: str | None = Field(None, description="Evaluated once, at the end, with the best checkpoint.")
+    group: str | None = Field(None, description="Column whose values group the rows for GAUC (user or session id).")
+    weight: str | None = Field(None, description="Column of non-negative sample weights.")
+    num_streams: PositiveInt = Field(16, description="Equal cuts of an epoch; workers own whole streams, so it bounds their number.")
+    shuffle: bool = Field(True, description="Shuffle row groups and rows within windows, anew every epoch.")
+    shuffle_window: PositiveInt = Field(8192, description="Rows of a stream that are permuted together.")
+    prefetch: PositiveInt = Field(2, description="Batches decoded ahead in the background.")
+
+
+# ------------------------------------------------------------------------------------------------------------ features
+
+
+class Embedded(Strict):
+    name: Name = Field(description="Feature name; the Parquet column too, unless `column` says otherwise.")
+    column: str | None = Field(None, description="Parquet column, where it differs from the name.")
+    dim: PositiveInt = Field(16, description="Embedding width; a multiple of 4.")
+    table: Name | None = Field(None, description="Table read; features with the same table share it. Defaults to the feature's name.")
+
+    @property
+    def table_name(self) -> str:
+        return self.table or self.name
+
+    @property
+    def source(self) -> str:
+        return self.column or self.name
+
+    @model_validator(mode="after")
+    def _width(self):
+        if self.dim % 4:
+            raise ValueError(f"feature {self.name!r}: dim {self.dim} is not a multiple of 4, which FBGEMM needs")
+        return self
+
+
+class IdFeature(Embedded):
+    """Integer or string ids, one per row or a list per row (a bag). A null is an empty bag."""
+
+    kind: Literal["id"] = "id"
+    rows: PositiveInt = Field(description="Rows of the table; ids are 0 … rows-1.")
+    pooling: Literal["sum", "mean"] = Field("sum", description="How the ids of a list become one vector.")
+    out_of_range: Literal["error", "hash", "clip"] = Field(
+        "error", description="Ids outside the table: refuse, hash into it, or use its last row. Strings are always hashed."
+    )
+
+
+class BucketFeature(Embedded):
+    """A number looked up by its bucket: row 0 for null, row i+1 for boundaries[i-1] <= x < boundaries[i]."""
+
+    kind: Literal["bucket"]
+    boundaries: tuple[float, ...] = Field(min_length=1, description="Increasing bucket edges.")
+    dim: PositiveInt = 8
+
+    @property
+    def rows(self) -> int:
+        return len(self.boundaries) + 2
+
+    @property
+    def pooling(self) -> str:
+        return "sum"
+
+    @model_validator(mode="after")
+    def _increasing(self):
+        if any(b <= a for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
+            raise ValueError(f"feature {self.name!r}: boundaries must increase")
+        return self
+
+
+class NumericFeature(Strict):
+    """A number used as it is: (log1p if `log`) then (x - mean) / std. A null becomes the mean."""
+
+    kind: Literal["numeric"]
+    name: Name
+    column: str | None = None
+    log: bool = Field(False, description="Take sign(x)·log(1+|x|) first; mean and std are those of the logarithm.")
+    mean: float = 0.0
+    std: PositiveFloat = 1.0
+
+    @property
+    def width(self) -> int:
+        return 1
+
+    @property
+    def source(self) -> str:
+        return self.column or self.name
+
+
+class VectorFeature(Strict):
+    """A fixed-size list of floats, such as a pretrained image or text embedding. A null becomes zeros."""
+
+    kind: Literal["vector"]
+    name: Name
+    column: str | None = None
+    width: PositiveInt = Field(description="Length of every list.")
+
+    @property
+    def source(self) -> str:
+        return self.column or self.name
+
+
+Feature = Annotated[IdFeature | BucketFeature | NumericFeature | VectorFeature, Field(discriminator="kind")]
+
+
+# ------------------------------------------------------------------------------------------------------------ sharding
+
+ShardingType = Literal["table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"]
+
+
+class SgdTable(Strict):
+    kind: Literal["sgd"]
+    lr: PositiveFloat = 0.05
+
+
+class AdagradTable(Strict):
+    kind: Literal["adagrad"]
+    lr: PositiveFloat = 0.05
+    eps: PositiveFloat = 1e-8
+
+
+class RowWiseAdagradTable(Strict):
+    kind: Literal["rowwise_adagrad"] = "rowwise_adagrad"
+    lr: PositiveFloat = 0.05
+    eps: PositiveFloat = 1e-8
+
+
+class AdamTable(Strict):
+    """CUDA only: FBGEMM has no CPU kernel for it."""
+
+    kind: Literal["adam"]
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Unit, Unit] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
+TableOptimizer = Annotated[SgdTable | AdagradTable | RowWiseAdagradTable | AdamTable, Field(discriminator="kind")]
+
+
+class TableConfig(Strict):
+    """What a table has of its own; everything else follows from `sharding` and `optimizer.tables`."""
+
+    sharding: tuple[ShardingType, ...] | None = Field(None, description="Sharding types the planner may choose for this table.")
+    optimizer: TableOptimizer | None = None
+    init_scale: PositiveFloat | None = Field(None, description="Initial weights are uniform in ±init_scale.")
+
+
+class ShardingConfig(Strict):
+    """What TorchRec's planner may choose from."""
+
+    types: tuple[ShardingType, ...] = Field(
+        ("table_wise", "row_wise"), min_length=1, description="Allowed for every table without its own list."
+    )
+    row_wise_above_mb: NonNegativeFloat = Field(
+        1.0, description="Smaller tables are never row-wise: their ids would cost more messages than the memory they spread."
+    )
+    init_scale: PositiveFloat = Field(0.05, description="Initial table weights are uniform in ±init_scale.")
+
+
+# -------------------------------------------------------------------------------------------------------- model, tasks
+
+
+class SharedBottomConfig(Strict):
+    kind: Literal["shared_bottom"]
+    bottom: Widths = Field((256, 128), min_length=1)
+    dropout: Unit = 0.0
+
+
+class MMoEConfig(Strict):
+    """Ma et al. 2018: shared experts, one softmax gate per task."""
+
+    kind: Literal["mmoe"] = "mmoe"
+    num_experts: PositiveInt = 4
+    expert: Widths = Field((256, 128), min_length=1)
+    dropout: Unit = 0.0
+
+
+class PLEConfig(Strict):
+    """Tang et al. 2020: shared and task-specific experts, level by level. One level is CGC."""
+
+    kind: Literal["ple"]
+    num_levels: PositiveInt = 2
+    shared_experts: NonNegativeInt = 2
+    task_experts: NonNegativeInt = 2
+    expert: Widths = Field((128,), min_length=1)
+    dropout: Unit = 0.0
+
+    @model_validator(mode="after")
+    def _some_experts(self):
+        if not self.shared_experts + self.task_experts:
+            raise ValueError("a PLE needs experts: set shared_experts or task_experts above 0")
+        if not self.shared_experts and self.num_levels > 1:
+            raise ValueError("a PLE of several levels needs shared_experts above 0: its shared gate has nothing to pass on")
+        return self
+
+
+class CGCConfig(Strict):
+    """PLE with a single level."""
+
+    kind: Literal["cgc"]
+    shared_experts: NonNegativeInt = 2
+    task_experts: NonNegativeInt = 2
+    expert: Widths = Field((256, 128), min_length=1)
+    dropout: Unit = 0.0
+
+    @model_validator(mode="after")
+    def _some_experts(self):
+        if not self.shared_experts + self.task_experts:
+            raise ValueError("a CGC needs experts: set shared_experts or task_experts above 0")
+        return self
+
+
+class PluginHeadConfig(Strict):
+    """A head from the user's own package: called as Target(width, num_tasks, **args), a module (B, width) → T tensors (B, H)."""
+
+    kind: Literal["plugin"]
+    target: str = Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:Name")
+    args: dict[str, Any] = {}
+
+
+HeadConfig = Annotated[SharedBottomConfig | MMoEConfig | CGCConfig | PLEConfig | PluginHeadConfig, Field(discriminator="kind")]
+
+
+class Task(Strict):
+    name: Name
+    label: str | None = Field(None, description="Label column; defaults to the task's name. A null label is unknown and masked.")
+    weight: NonNegativeFloat = Field(1.0, description="λ of this task in the joint loss Σ λ·L.")
+    tower: tuple[PositiveInt, ...] = Field((64,), description="Hidden widths of the task's tower.")
+
+    @property
+    def column(self) -> str:
+        return self.label or self.name
+
+
+class BinaryTask(Task):
+    """Labels 0 or 1 (or false, true); binary cross-entropy on the logit."""
+
+    kind: Literal["binary"] = "binary"
+    true_probability: str | None = Field(
+        None, description="Column with the true probability, where a data set knows it: gives best_possible_auc."
+    )
+
+
+class RegressionTask(Task):
+    """A real label; loss ½(ŷ - y)²."""
+
+    kind: Literal["regression"]
+    bias: float = Field(0.0, description="Initial output: the label's mean saves the first steps.")
+
+
+TaskConfig = Annotated[BinaryTask | RegressionTask, Field(discriminator="kind")]
+
+
+class StaticWeighting(Strict):
+    """The tasks' own weights, constant."""
+
+    kind: Literal["static"] = "static"
+
+
+WeightingConfig = StaticWeighting  # a union by `kind` as soon as there is a second one
+
+
+# ----------------------------------------------------------------------------------------------------------- optimizer
+
+
+class AdamDense(Strict):
+    kind: Literal["adam"]
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Unit, Unit] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
+class AdamWDense(Strict):
+    kind: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Unit, Unit] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 1e-2
+
+
+class AdagradDense(Strict):
+    kind: Literal["adagrad"]
+    lr: PositiveFloat = 1e-2
+    eps: PositiveFloat = 1e-10
+
+
+class SgdDense(Strict):
+    kind: Literal["sgd"]
+    lr: PositiveFloat = 1e-2
+    momentum: Unit = 0.0
+
+
+DenseOptimizer = Annotated[AdamWDense | AdamDense | AdagradDense | SgdDense, Field(discriminator="kind")]
+
+
+class ScheduleConfig(Strict):
+    """A factor on every learning rate, tables included: linear warm-up, then decay to `final` at the last step."""
+
+    warmup_steps: NonNegativeInt = 0
+    decay: Literal["none", "linear", "cosine"] = "none"
+    final: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.0, description="Factor at the last step.")
+
+
+class OptimizerConfig(Strict):
+    tables: TableOptimizer = RowWiseAdagradTable()
+    dense: DenseOptimizer = AdamWDense()
+    schedule: ScheduleConfig = ScheduleConfig()
+    clip_norm: PositiveFloat | None = Field(None, description="Clip the dense gradient to this norm.")
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+class EarlyStopping(Strict):
+    patience: PositiveInt = Field(2, description="Stop after this many evaluations without a new best.")
+
+
+class NonFiniteConfig(Strict):
+    """What a non-finite loss does. `skip` leaves that step's update out, at most `limit` times in a run."""
+
+    policy: Literal["raise", "skip"] = "raise"
+    limit: PositiveInt = 10
+
+
+class ProfileConfig(Strict):
+    """Trace of some steps by torch.profiler, written to <run>/profile."""
+
+    first_step: PositiveInt = 20
+    steps: PositiveInt = 5
+
+
+class TrainConfig(Strict):
+    global_batch_size: PositiveInt = Field(4096, description="Rows of a step over all workers.")
+    epochs: PositiveInt = 1
+    steps: PositiveInt | None = Field(None, description="Stop after this many steps, even within an epoch.")
+    log_every: PositiveInt = Field(50, description="Steps between progress lines.")
+    eval_every: PositiveInt | None = Field(None, description="Steps between evaluations; default: at the end of every epoch.")
+    save_every: PositiveInt | None = Field(None, description="Steps between checkpoints; default: at every evaluation.")
+    keep: PositiveInt = Field(2, description="Newest checkpoints kept, besides the best.")
+    monitor: str = Field("loss", description="What best means on the validation set: loss, METRIC (mean over tasks) or TASK.METRIC.")
+    early_stopping: EarlyStopping | None = None
+    non_finite: NonFiniteConfig = NonFiniteConfig()
+    profile: ProfileConfig | None = None
+
+
+class EvaluationConfig(Strict):
+    batch_size: PositiveInt = Field(16384, description="Rows of an evaluation step over all workers, about.")
+    exact_rows: PositiveInt = Field(
+        5_000_000,
+        description="AUC, PR-AUC and GAUC are exact up to this many rows, then from a histogram (with its bound) or sampled groups.",
+    )
+
+
+class ClusterConfig(Strict):
+    workers: PositiveInt = Field(1, description="Processes; tables are sharded over them.")
+    cpus_per_worker: PositiveInt = Field(1, description="CPU cores, and threads, of a worker.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where every worker can have one.")
+    max_failures: NonNegativeInt = Field(3, description="Restarts from the newest checkpoint before giving up.")
+    collective_timeout_s: PositiveInt = Field(300, description="A worker silent for this long counts as hung.")
+
+
+class RunConfig(Strict):
+    dir: str | None = Field(None, description="Run directory; default runs/<name>.")
+    seed: NonNegativeInt = Field(0, description="Seeds initial weights, order of rows and dropout.")
+
+
+# --------------------------------------------------------------------------------------------------------------- whole
+
+
+class Config(Strict):
+    """A run. Everything it depends on is here."""
+
+    name: Name
+    data: DataConfig
+    features: tuple[Feature, ...] = Field(min_length=1)
+    tables: dict[str, TableConfig] = {}
+    sharding: ShardingConfig = ShardingConfig()
+    model: HeadConfig = MMoEConfig()
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    weighting: WeightingConfig = StaticWeighting()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def embedded(self) -> tuple[IdFeature | BucketFeature, ...]:
+        """Features that read a table, in the order of the config."""
+        return tuple(f for f in self.features if isinstance(f, IdFeature | BucketFeature))
+
+    @property
+    def dense(self) -> tuple[NumericFeature | VectorFeature, ...]:
+        """Features used as numbers, in the order of the config."""
+        return tuple(f for f in self.features if isinstance(f, NumericFeature | VectorFeature))
+
+    @property
+    def run_dir(self) -> str:
+        return self.run.dir or f"runs/{self.name}"
+
+    def table_optimizer(self, table: str) -> SgdTable | AdagradTable | RowWiseAdagradTable | AdamTable:
+        return getattr(self.tables.get(table), "optimizer", None) or self.optimizer.tables
+
+    def init_scale(self, table: str) -> float:
+        return getattr(self.tables.get(table), "init_scale", None) or self.sharding.init_scale
+
+    @model_validator(mode="after")
+    def _agree(self):
+        mistakes = [*_clashes(self), *_sizes(self)]
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+
+def _clashes(config: Config) -> list[str]:
+    """Names used twice, tables that disagree, columns that leak a label."""
+    out: list[str] = []
+    for what, names in (("feature", [f.name for f in config.features]), ("task", [t.name for t in config.tasks])):
+        out += [
+            f"{what} {n!r} is listed {names.count(n)} times; names must differ" for n in sorted({n for n in names if names.count(n) > 1})
+        ]
+    tables: dict[str, IdFeature | BucketFeature] = {}
+    for f in config.embedded:
+        first = tables.setdefault(f.table_name, f)
+        if (first.rows, first.dim) != (f.rows, f.dim):
+            out.append(
+                f"table {f.table_name!r}: feature {f.name!r} wants {f.rows} rows x {f.dim} columns, feature {first.name!r} wants "
+                f"{first.rows} x {first.dim}; give both the same size or different tables"
+            )
+    for t in config.tables:
+        if t not in tables:
+            out.append(f"tables.{t}: no feature reads a table of this name{_did_you_mean(t, tables)}")
+    labels = {t.column: t.name for t in config.tasks}
+    out += [
+        f"feature {f.name!r} reads column {f.source!r}, the label of task {labels[f.source]!r}"
+        for f in config.features
+        if f.source in labels
+    ]
+    for name in tables:
+        own = config.tables[name].sharding if name in config.tables else None
+        allowed = own or config.sharding.types
+        split = {"column_wise", "grid_shard"} & set(allowed)
+        if split and config.table_optimizer(name).kind == "rowwise_adagrad" and (own or set(allowed) <= split):
+            out.append(
+                f"table {name!r}: {' and '.join(sorted(split))} cannot train with rowwise_adagrad, whose one momentum per row would differ "
+                "in every column shard; choose adagrad or sgd, or another sharding type"
+            )
+    return out
+
+
+def _sizes(config: Config) -> list[str]:
+    out: list[str] = []
+    streams, batch, workers = config.data.num_streams, config.train.global_batch_size, config.cluster.workers
+    if batch % streams:
+        out.append(
+            f"train.global_batch_size {batch} is not divisible by data.num_streams {streams}; try {max(batch // streams, 1) * streams}"
+        )
+    if workers > streams:
+        out.append(f"cluster.workers {workers} exceeds data.num_streams {streams}: a worker owns at least one stream; raise num_streams")
+    if config.train.early_stopping and not config.data.validation:
+        out.append("train.early_stopping needs data.validation: there is nothing to watch")
+    if not any(t.weight for t in config.tasks):
+        out.append("every task has weight 0: nothing would be trained")
+    task, _, metric = config.train.monitor.rpartition(".")
+    if task and task not in {t.name for t in config.tasks}:
+        out.append(f"train.monitor {config.train.monitor!r}: no task {task!r}{_did_you_mean(task, [t.name for t in config.tasks])}")
+    if metric not in MONITORS:
+        out.append(f"train.monitor {config.train.monitor!r}: {metric!r} is not one of {', '.join(MONITORS)}")
+    else:
+        kinds = {t.kind for t in config.tasks if not task or t.name == task}
+        if metric in BINARY_ONLY and kinds and "binary" not in kinds or metric in REGRESSION_ONLY and kinds and "regression" not in kinds:
+            out.append(f"train.monitor {config.train.monitor!r}: no task it covers has that metric")
+    return out
+
+
+BINARY_ONLY = ("auc", "gauc", "pr_auc", "logloss", "ne")
+REGRESSION_ONLY = ("rmse", "mae")
+MONITORS = ("loss", *BINARY_ONLY, *REGRESSION_ONLY)
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read `path` (YAML), apply `section.key=value` overrides, validate.
+
+    Raises:
+        DistmtlError: file missing or not YAML, or the list of every mistake in it.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as e:
+        raise DistmtlError(f"config {path}: {e.strerror or e}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise DistmtlError(f"config {path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(raw, dict):
+        raise DistmtlError(f"config {path} must hold a mapping (name: …, data: …), not {type(raw).__name__}")
+    for item in overrides:
+        _override(raw, item)
+    raw.setdefault("name", path.stem)
+    config = parse_config(raw, str(path))
+    data = config.data.model_copy(update={k: _resolve(getattr(config.data, k), path.parent) for k in ("train", "validation", "test")})
+    return config.model_copy(update={"data": data})
+
+
+def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
+    """Validate a mapping, as `load_config` does for a file.
+
+    Raises:
+        DistmtlError: the list of every mistake.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as e:
+        errors = e.errors()
+        inner = {err["loc"][:1] for err in errors if len(err["loc"]) > 1}  # a list with a bad element is not also too short
+        lines = [line for err in errors if err["type"] != "too_short" or err["loc"] not in inner for line in _sentence(err)]
+        raise DistmtlError(
+            f"{where}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(f"  - {line}" for line in lines)
+        ) from None
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to the same object, every field spelled out."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True, width=140)
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, sep, value = item.partition("=")
+    if not sep:
+        raise DistmtlError(f"override {item!r} is not section.key=value")
+    *parents, leaf = key.split(".")
+    node: Any = raw
+    for i, part in enumerate(parents):
+        node = _enter(node, part, ".".join(parents[:i]), item)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise DistmtlError(f"override {item!r}: the value is not valid YAML") from None
+    if isinstance(node, list):
+        node[_index(node, leaf, ".".join(parents), item)] = parsed
+    else:
+        node[leaf] = parsed
+
+
+def _enter(node: Any, part: str, where: str, item: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, where, item)]
+    if not isinstance(node.setdefault(part, {}), dict | list):
+        raise DistmtlError(f"override {item!r}: {'.'.join(filter(None, (where, part)))} is a plain value and has no fields")
+    return node[part]
+
+
+def _index(node: list[Any], part: str, where: str, item: str) -> int:
+    """An element of a list, by number or by its `name`."""
+    names = [n.get("name") if isinstance(n, dict) else None for n in node]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(node):
+        return int(part)
+    raise DistmtlError(f"override {item!r}: {where} has no element {part!r}{_did_you_mean(part, [n for n in names if n])}")
+
+
+def _resolve(path: str | None, base: Path) -> str | None:
+    if path is None or "://" in path or Path(path).is_absolute():
+        return path
+    return str((base / path).resolve())
+
+
+def _sentence(err: Any) -> list[str]:
+    """One pydantic error as sentences with the key's place in the file."""
+    place = [str(p) for p in err["loc"] if not (isinstance(p, str) and p in _KINDS)]
+    where, kind = ".".join(place), err["type"]
+    if kind == "extra_forbidden":
+        return [f"{where}: unknown key{_did_you_mean(place[-1], _fields_beside(err['loc']))}"]
+    if kind == "missing":
+        return [f"{where}: missing; it must be given"]
+    if kind == "union_tag_invalid":
+        tags = [t.strip(" '") for t in err["ctx"]["expected_tags"].split(",")]
+        return [f"{where}: kind {err['ctx']['tag']!r} is not one of {', '.join(tags)}{_did_you_mean(err['ctx']['tag'], tags)}"]
+    if kind == "union_tag_not_found":
+        return [f"{where}: kind is missing; say which one it is"]
+    if kind == "value_error":
+        lines = str(err["ctx"]["error"]).split("\n")
+        return [f"{where}: {line}" if where and not line.startswith(("feature", "table", "task")) else line for line in lines]
+    return [f"{where}: {err['msg'][:1].lower()}{err['msg'][1:]}, got {err['input']!r:.80}"]
+
+
+def _models() -> dict[str, type[Strict]]:
+    """Every kind of every union, by its tag."""
+    out: dict[str, type[Strict]] = {}
+    for union in (Feature, HeadConfig, TaskConfig, TableOptimizer, DenseOptimizer):
+        for model in get_args(get_args(union)[0]):
+            out[get_args(model.model_fields["kind"].annotation)[0]] = model
+    return out
+
+
+_KINDS = _models()
+
+
+def _fields_beside(loc: tuple[Any, ...]) -> list[str]:
+    """The keys that are known where the unknown key at `loc` was found."""
+    known = set(Config.model_fields)
+    for part in loc[:-1]:
+        if part in _KINDS:
+            known = set(_KINDS[part].model_fields)
+        elif part in _SECTIONS:
+            known = set(_SECTIONS[part].model_fields)
+    return sorted(known)
+
+
+_SECTIONS: dict[Any, type[Strict]] = {
+    "data": DataConfig, "tables": TableConfig, "sharding": ShardingConfig, "weighting": StaticWeighting, "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig, "train": TrainConfig, "early_stopping": EarlyStopping, "non_finite": NonFiniteConfig,
+    "profile": ProfileConfig, "evaluation": EvaluationConfig, "cluster": ClusterConfig, "run": RunConfig,
+}  # fmt: skip
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

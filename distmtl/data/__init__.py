@@ -1,0 +1,1 @@
+"""Parquet → Batch: dataset (which files), order (which rows when), collate (Arrow columns → tensors), reader (all three)."""

@@ -1,0 +1,256 @@
+"""Arrow columns → Batch. Training, evaluation and serving all read rows through here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from distmtl.batch import Batch
+from distmtl.config import BinaryTask, BucketFeature, Config, IdFeature, NumericFeature, VectorFeature
+from distmtl.data.hashing import hash_strings, into_table
+from distmtl.errors import DistmtlError
+
+ROW = "__row__"  # the reader adds a row's number in the data set under this name
+
+
+class Collator:
+    """Columns of a table, checked, as tensors.
+
+    Args:
+        config: features, tasks, weight and group columns.
+        oracle: also read the tasks' true probabilities.
+        locate: row number → where that row is, for error messages.
+    """
+
+    def __init__(self, config: Config, *, oracle: bool = False, locate: Callable[[int], str] = "row {}".format):
+        self.config, self.locate = config, locate
+        self.keys = [f.name for f in config.embedded]
+        self.dense_width = sum(f.width for f in config.dense)
+        self.oracles = [t.true_probability if isinstance(t, BinaryTask) else None for t in config.tasks] if oracle else []
+        if not any(self.oracles):
+            self.oracles = []
+        extra = [config.data.group, config.data.weight, *self.oracles]
+        self.columns = list(dict.fromkeys([f.source for f in config.features] + [t.column for t in config.tasks] + [c for c in extra if c]))
+
+    def __call__(self, table: pa.Table, padded_rows: int, step: int = 0) -> Batch:
+        """A Batch of the table's rows followed by padding up to `padded_rows`.
+
+        Raises:
+            DistmtlError: a value that must not be trained, with its column and place.
+        """
+        rows, n = padded_rows, table.num_rows
+        columns = {name: _whole(table[name]) for name in (*self.columns, ROW)}
+        numbers = columns[ROW].to_numpy()
+        at = lambda i: self.locate(int(numbers[i]))  # noqa: E731
+
+        values, lengths, replaced = [], np.zeros((len(self.keys), rows), dtype=np.int32), 0
+        for i, feature in enumerate(self.config.embedded):
+            ids, lengths[i, :n], out = _embedded(columns[feature.source], feature, at)
+            values.append(ids)
+            replaced += out
+        sparse = KeyedJaggedTensor(
+            keys=self.keys,
+            values=torch.from_numpy(np.concatenate(values) if values else np.zeros(0, np.int64)),
+            lengths=torch.from_numpy(lengths.reshape(-1)),
+            stride=rows,
+        )
+        dense, start = np.zeros((rows, self.dense_width), dtype=np.float32), 0
+        for number in self.config.dense:
+            dense[:n, start : start + number.width] = _dense(columns[number.source], number, at)
+            start += number.width
+
+        tasks = len(self.config.tasks)
+        labels, weights = np.zeros((rows, tasks), dtype=np.float32), np.zeros((rows, tasks), dtype=np.float32)
+        weight = _weight(columns[self.config.data.weight], self.config.data.weight, at) if self.config.data.weight else np.float32(1)
+        for t, task in enumerate(self.config.tasks):
+            label, known = _label(columns[task.column], task.column, isinstance(task, BinaryTask), at)
+            labels[:n, t], weights[:n, t] = label, known * weight
+
+        row_numbers = np.full(rows, -1, dtype=np.int64)
+        row_numbers[:n] = numbers
+        return Batch(
+            sparse=sparse,
+            dense=torch.from_numpy(dense),
+            labels=torch.from_numpy(labels),
+            weights=torch.from_numpy(weights),
+            rows=torch.from_numpy(row_numbers),
+            groups=self._groups(columns, rows, n),
+            oracle=self._oracle(columns, rows, n),
+            step=step,
+            replaced_ids=replaced,
+        )
+
+    def mistakes(self, table: pa.Table) -> list[str]:
+        """What `__call__` would refuse, every column's first mistake instead of the first column's."""
+        columns = {name: _whole(table[name]) for name in (*self.columns, ROW)}
+        numbers = columns[ROW].to_numpy()
+        at = lambda i: self.locate(int(numbers[i]))  # noqa: E731
+        checks: list[Callable[[], object]] = [lambda f=f: _embedded(columns[f.source], f, at) for f in self.config.embedded]  # type: ignore[misc]
+        checks += [lambda f=f: _dense(columns[f.source], f, at) for f in self.config.dense]  # type: ignore[misc]
+        checks += [lambda t=t: _label(columns[t.column], t.column, isinstance(t, BinaryTask), at) for t in self.config.tasks]  # type: ignore[misc]
+        if self.config.data.weight:
+            checks.append(lambda: _weight(columns[self.config.data.weight or ""], self.config.data.weight or "", at))
+        out = []
+        for check in checks:
+            try:
+                check()
+            except DistmtlError as e:
+                out.append(str(e))
+        return out
+
+    def padding(self, rows: int, step: int, error: str | None = None) -> Batch:
+        """A batch of padding only, for a rank whose reader failed or has no rows left."""
+        tasks = len(self.config.tasks)
+        return Batch(
+            sparse=KeyedJaggedTensor(
+                keys=self.keys,
+                values=torch.zeros(0, dtype=torch.int64),
+                lengths=torch.zeros(len(self.keys) * rows, dtype=torch.int32),
+                stride=rows,
+            ),
+            dense=torch.zeros(rows, self.dense_width),
+            labels=torch.zeros(rows, tasks),
+            weights=torch.zeros(rows, tasks),
+            rows=torch.full((rows,), -1),
+            groups=torch.zeros(rows, dtype=torch.int64) if self.config.data.group else None,
+            oracle=torch.full((rows, tasks), torch.nan) if self.oracles else None,
+            step=step,
+            error=error,
+        )
+
+    def _groups(self, columns: dict[str, pa.Array], rows: int, n: int) -> torch.Tensor | None:
+        if not self.config.data.group:
+            return None
+        column, out = columns[self.config.data.group], np.zeros(rows, dtype=np.int64)
+        filled = column.fill_null("" if is_string(column.type) else -1)
+        out[:n] = hash_strings(filled) if is_string(column.type) else filled.cast(pa.int64()).to_numpy()
+        return torch.from_numpy(out)
+
+    def _oracle(self, columns: dict[str, pa.Array], rows: int, n: int) -> torch.Tensor | None:
+        if not self.oracles:
+            return None
+        out = np.full((rows, len(self.oracles)), np.nan, dtype=np.float32)
+        for t, name in enumerate(self.oracles):
+            if name:
+                out[:n, t] = columns[name].to_numpy(zero_copy_only=False)
+        return torch.from_numpy(out)
+
+
+def is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    if isinstance(array, pa.ChunkedArray):  # no chunk at all
+        array = pa.array([], column.type)
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+def _first(mask: np.ndarray) -> int:
+    return int(np.flatnonzero(mask)[0])
+
+
+def _embedded(array: pa.Array, feature: IdFeature | BucketFeature, at: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray | int, int]:
+    """Table rows of every id, ids per row, and how many ids the policy replaced."""
+    if isinstance(feature, BucketFeature):
+        return _buckets(array, feature, at), 1, 0
+    lengths: Any = 1
+    if is_list(array.type):
+        lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+        array = array.flatten()
+        if array.null_count:
+            row = int(np.repeat(np.arange(len(lengths)), lengths)[_first(array.is_null().to_numpy(zero_copy_only=False))])
+            raise DistmtlError(f"feature {feature.name!r}: a null inside a list at {at(row)}; leave it out of the list")
+    elif array.null_count:
+        lengths = array.is_valid().to_numpy(zero_copy_only=False).astype(np.int32)
+        array = array.drop_null()
+    if is_string(array.type):
+        return into_table(hash_strings(array), feature.rows), lengths, 0
+    ids = array.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    if not len(ids) or (ids.min() >= 0 and ids.max() < feature.rows):
+        return ids, lengths, 0
+    outside = (ids < 0) | (ids >= feature.rows)
+    if feature.out_of_range == "error":
+        first = _first(outside)
+        row = first if isinstance(lengths, int) else int(np.repeat(np.arange(len(lengths)), lengths)[first])
+        raise DistmtlError(
+            f"feature {feature.name!r}: id {ids[first]} at {at(row)} is outside its table's 0 … {feature.rows - 1}; "
+            "raise rows, or set out_of_range to hash or clip"
+        )
+    ids = ids.copy()
+    ids[outside] = into_table(ids[outside], feature.rows) if feature.out_of_range == "hash" else feature.rows - 1
+    return ids, lengths, int(outside.sum())
+
+
+def _buckets(array: pa.Array, feature: BucketFeature, at: Callable[[int], str]) -> np.ndarray:
+    known = array.is_valid().to_numpy(zero_copy_only=False)
+    x = array.cast(pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False)
+    _no_nan(x, f"feature {feature.name!r}", at)
+    return np.where(known, np.searchsorted(np.asarray(feature.boundaries), x, side="right") + 1, 0)
+
+
+def _dense(array: pa.Array, feature: NumericFeature | VectorFeature, at: Callable[[int], str]) -> np.ndarray:
+    """(n, width) float32, or (n, 1) normalised."""
+    if isinstance(feature, VectorFeature):
+        return _vectors(array, feature, at)
+    known = array.is_valid().to_numpy(zero_copy_only=False)
+    x = array.cast(pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False)
+    _no_nan(x, f"feature {feature.name!r}", at)
+    if feature.log:
+        x = np.sign(x) * np.log1p(np.abs(x))
+    return np.where(known, (x - feature.mean) / feature.std, 0.0).astype(np.float32)[:, None]
+
+
+def _vectors(array: pa.Array, feature: VectorFeature, at: Callable[[int], str]) -> np.ndarray:
+    known = array.is_valid().to_numpy(zero_copy_only=False)
+    lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
+    wrong = known & (lengths != feature.width)
+    if wrong.any():
+        i = _first(wrong)
+        raise DistmtlError(f"feature {feature.name!r}: a vector of {int(lengths[i])} numbers at {at(i)}, but width is {feature.width}")
+    values = array.flatten().cast(pa.float32())
+    flat = values.to_numpy(zero_copy_only=False)
+    if not np.isfinite(flat).all():
+        row = int(np.flatnonzero(known)[_first(~np.isfinite(flat)) // feature.width])
+        raise DistmtlError(f"feature {feature.name!r}: a NaN, infinite or null number in the vector at {at(row)}; clean the column")
+    out = np.zeros((len(array), feature.width), dtype=np.float32)
+    out[known] = flat.reshape(-1, feature.width)
+    return out
+
+
+def _label(array: pa.Array, column: str, binary: bool, at: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels with 0 where unknown, and where they are known."""
+    known = array.is_valid().to_numpy(zero_copy_only=False)
+    y = array.cast(pa.float32()).fill_null(0.0).to_numpy(zero_copy_only=False)
+    _no_nan(y, f"label {column!r}", at)
+    if binary and not ((y == 0) | (y == 1)).all():
+        i = _first((y != 0) & (y != 1))
+        raise DistmtlError(f"label {column!r}: {y[i]:g} at {at(i)}; a binary label is 0 or 1, or null where unknown")
+    return y, known
+
+
+def _weight(array: pa.Array, column: str, at: Callable[[int], str]) -> np.ndarray:
+    known = array.is_valid().to_numpy(zero_copy_only=False)
+    w = array.cast(pa.float32()).fill_null(0.0).to_numpy(zero_copy_only=False)
+    bad = ~known | ~np.isfinite(w) | (w < 0)
+    if bad.any():
+        i = _first(bad)
+        raise DistmtlError(f"weight {column!r}: {w[i] if known[i] else 'null'} at {at(i)}; a sample weight is a finite number ≥ 0")
+    return w
+
+
+def _no_nan(x: np.ndarray, what: str, at: Callable[[int], str]) -> None:
+    if not np.isfinite(x).all():
+        i = _first(~np.isfinite(x))
+        raise DistmtlError(f"{what}: {x[i]} at {at(i)}; write null where a number is unknown, and nothing infinite")

@@ -1,0 +1,1 @@
+"""Processes, and tables sharded over them."""

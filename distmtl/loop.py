@@ -1,0 +1,408 @@
+"""train(): the one training loop. It knows nothing of Ray: a launcher gives it its process group and a `report`."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchrec.distributed import DistributedModelParallel, TrainPipelineBase, TrainPipelineSparseDist
+
+from distmtl import checkpoint
+from distmtl.batch import Batch
+from distmtl.config import Config
+from distmtl.data.check import check_dataset
+from distmtl.data.collate import Collator
+from distmtl.data.dataset import Dataset, open_dataset
+from distmtl.data.reader import Reader
+from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
+from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard
+from distmtl.errors import DistmtlError
+from distmtl.evaluation import evaluate_split
+from distmtl.metrics import better, select
+from distmtl.model.loss import StepNumbers
+from distmtl.model.multitask import TrainModel, initialise_dense
+from distmtl.optim import Optimizers
+from distmtl.progress import Progress, Report, print_record
+from distmtl.run_directory import open_run, write_json
+from distmtl.versions import git_commit, versions
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class LoopState:
+    """What the loop must remember over a restart, beside weights and optimizer state."""
+
+    step: int = 0  # steps made; also the position in the data
+    rows: int = 0
+    seconds: float = 0.0  # of training, over all attempts
+    skipped: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    evaluations_without_best: int = 0
+    stopped_early: bool = False
+
+
+def train(config: Config, resume: str = "auto", report: Report = print_record) -> dict[str, Any]:
+    """Train in this process, or as one rank under torchrun or Ray. Returns result.json's object.
+
+    Args:
+        resume: `auto`, `never`, or the path of a checkpoint to start from (run_directory.open_run).
+        report: called on rank 0 with every record of progress.
+
+    Raises:
+        DistmtlError: what a retry cannot mend; on every rank.
+    """
+    with process_group(config) as process:
+        splits = on_first_rank(process, lambda: open_splits(config))
+        found, notes = on_first_rank(process, lambda: open_run(config, resume, splits["train"]))
+        progress = Progress(Path(config.run_dir), process.first, report)
+        try:
+            run = Training(config, process, splits, progress)
+            run.start(found, notes)
+            run.train()
+            return run.finish()
+        finally:
+            progress.close()
+
+
+def open_splits(config: Config) -> dict[str, Dataset]:
+    """Open and check every data set that the config names.
+
+    Raises:
+        DistmtlError: the mistakes of all of them.
+    """
+    splits, mistakes = {}, []
+    for split in SPLITS:
+        if path := getattr(config.data, split):
+            try:
+                splits[split] = open_dataset(path)
+                check_dataset(splits[split], config, split)
+            except DistmtlError as e:
+                mistakes.append(str(e))
+    if mistakes:
+        raise DistmtlError("\n".join(mistakes))
+    return splits
+
+
+class Training:
+    """A run in progress on one rank: model, optimizers, pipeline, and where they are."""
+
+    def __init__(self, config: Config, process: Process, splits: dict[str, Dataset], progress: Progress):
+        self.config, self.process, self.splits, self.progress = config, process, splits, progress
+        self.folder = Path(config.run_dir)
+        self.state = LoopState()
+        self.reader = _reader(config, splits["train"], process)
+        self.total_steps = min(self.reader.steps_per_epoch * config.train.epochs, config.train.steps or 2**62)
+        self.train_model = TrainModel(config, process.device)
+        initialise_dense(self.train_model, config.run.seed)
+        self.model, self.planned = shard(self.train_model, config, process)
+        self.optimizers = Optimizers(
+            config.optimizer,
+            self.model.fused_optimizer,
+            dense_parameters(self.model, self.planned),
+            self.total_steps,
+            trained=lambda: self.train_model.loss.trained,
+        )
+        self.pipeline = make_pipeline(self.model, self.optimizers, process.device)
+        self.restarts = 0
+        self.meter = Meter(len(config.tasks), process.device)
+        self.measured: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}  # metrics of the step just evaluated
+
+    def start(self, found: checkpoint.Checkpoint | None, notes: list[str]) -> None:
+        """Load the checkpoint, if there is one, and say what is about to happen."""
+        if found:
+            checkpoint.load(found, self.model, self.optimizers)
+            self.state = LoopState(**found.manifest["loop"])
+        if self.process.first:
+            self.restarts = _count_starts(self.folder)
+            write_json(self.folder / "plan.json", plan_json(self.planned, self.process.world_size))
+            (self.folder / "plan.txt").write_text(plan_text(self.planned, self.process.world_size) + "\n")
+        for note in notes:
+            self.progress.say("note", step=self.state.step, text=note)
+        workers = gather_texts(self.process, f"rank {self.process.rank}: {socket.gethostname()} pid {os.getpid()}")
+        self.progress.say(
+            "start", step=self.state.step, text=self._introduction(found), world_size=self.process.world_size, workers=workers
+        )
+
+    def train(self) -> None:
+        config, state, last = self.config.train, self.state, self.total_steps
+        eval_every = config.eval_every or self.reader.steps_per_epoch
+        self.meter = Meter(len(self.config.tasks), self.process.device)  # model building and loading are no training time
+        batches = self.meter.timed(self.reader.batches(state.step, last))
+        self.model.train()
+        with self._profiler() as profiler:
+            while state.step < last and not state.stopped_early:
+                self.optimizers.set_step(state.step)
+                seed_dropout(self.config.run.seed, state.step, self.process.rank)
+                numbers: StepNumbers = self.pipeline.progress(batches)
+                assert numbers.step == state.step, f"trained batch {numbers.step} at step {state.step}"
+                self._refuse_bad(numbers)
+                self.meter.add(numbers)
+                self._count()
+                if profiler:
+                    profiler.step()
+
+                ending = state.step == last
+                if state.step % config.log_every == 0 or ending:
+                    self._log()
+                evaluating = "validation" in self.splits and (state.step % eval_every == 0 or ending)
+                if evaluating:
+                    self._evaluate()
+                if evaluating or ending or state.step % (config.save_every or eval_every) == 0:
+                    self._save()
+        batches.close()
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the best checkpoint, write result.json."""
+        state, process = self.state, self.process
+        if state.best_step not in (None, state.step):
+            best = on_first_rank(process, lambda: checkpoint.read(self.folder / "checkpoints" / f"step-{state.best_step:09d}"))
+            checkpoint.load(best, self.model, self.optimizers)
+        metrics = {}
+        step = state.best_step or state.step
+        for split in SPLITS[1:]:
+            if (step, split) in self.measured:
+                metrics[split] = self.measured[step, split]
+            elif split in self.splits:
+                loss, metrics[split] = self._measure(split)
+                self.progress.say("evaluation", step=step, of=self.total_steps, split=split, loss=loss, metrics=metrics[split])
+        result = {
+            "run_dir": str(self.folder.resolve()),
+            "world_size": process.world_size,
+            "device": process.device.type,
+            "precision": "fp32",
+            "epochs": round(state.step / self.reader.steps_per_epoch, 4),
+            "steps": state.step,
+            "rows": state.rows,
+            "seconds": round(state.seconds, 3),
+            "samples_per_second": self.meter.steady_samples_per_second(),
+            "best_step": state.best_step,
+            "restarts": self.restarts,
+            "metrics": metrics,
+            "versions": versions(),
+            "git": git_commit(),
+        }
+        if process.first:
+            write_json(self.folder / "result.json", result)
+        self.progress.say("end", step=state.step, result=result)
+        return result
+
+    # ------------------------------------------------------------------------------------------------ parts of a step
+
+    def _refuse_bad(self, numbers: StepNumbers) -> None:
+        """All ranks see the same numbers, so all of them raise, or none.
+
+        Raises:
+            DistmtlError: a reader failed, or a loss is not finite and may not be skipped.
+        """
+        if bool(numbers.trained):
+            return
+        if numbers.failed > 0:
+            raise DistmtlError("\n".join(gather_texts(self.process, numbers.error)))
+        tasks = [t.name for t, n in zip(self.config.tasks, numbers.non_finite.tolist(), strict=True) if n]
+        rows = numbers.bad_rows[numbers.bad_rows >= 0][:3].tolist()
+        places = gather_texts(self.process, "; ".join(self.splits["train"].locate(r) for r in rows) or None)
+        what = f"step {self.state.step}: the loss of {', '.join(tasks)} is not finite, at {'; '.join(places[:3])}"
+        policy, self.state.skipped = self.config.train.non_finite, self.state.skipped + 1
+        if policy.policy == "raise":
+            raise DistmtlError(f"{what}. Lower the learning rate, look at these rows, or set train.non_finite.policy=skip")
+        if self.state.skipped > policy.limit:
+            raise DistmtlError(f"{what}. That is skipped step {self.state.skipped}, more than train.non_finite.limit={policy.limit}")
+        self.progress.say("note", step=self.state.step, text=f"{what}; this step's update is left out ({self.state.skipped} so far)")
+
+    def _count(self) -> None:
+        rows = self.reader.rows_of_step(self.state.step)
+        self.state.rows += rows
+        self.meter.rows += rows
+        self.state.step += 1
+        self.state.seconds += self.meter.tick()
+
+    def _log(self) -> None:
+        state, meter = self.state, self.meter
+        losses = dict(zip((t.name for t in self.config.tasks), meter.mean_losses(), strict=True))
+        speed = meter.samples_per_second()
+        self.progress.say(
+            "train",
+            step=state.step,
+            of=self.total_steps,
+            epoch=(state.step - 1) // self.reader.steps_per_epoch + 1,
+            rows=state.rows,
+            loss=sum(t.weight * losses[t.name] for t in self.config.tasks),
+            losses=losses,
+            samples_per_second=speed,
+            data_wait=meter.data_wait(),
+            lr=self.optimizers.dense_lr,
+            replaced_ids=meter.replaced_ids,
+            memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            eta_s=(self.total_steps - state.step) * self.config.train.global_batch_size / speed,
+        )
+        meter.start_interval()
+
+    def _evaluate(self) -> None:
+        """Measure the validation split; remember the best and count how long it has stood."""
+        state, monitor = self.state, self.config.train.monitor
+        with self.meter.paused():
+            loss, metrics = self._measure("validation")
+        self.measured = {(state.step, "validation"): metrics}
+        value = select(metrics, loss, monitor)[0]
+        best = state.best_value is None or better(value, state.best_value, monitor)
+        if best:
+            state.best_step, state.best_value, state.evaluations_without_best = state.step, value, 0
+        else:
+            state.evaluations_without_best += 1
+        self.progress.say(
+            "evaluation", step=state.step, of=self.total_steps, split="validation", loss=loss, metrics=metrics, best=best, monitored=value
+        )
+        stopping = self.config.train.early_stopping
+        if stopping and state.evaluations_without_best >= stopping.patience and state.step < self.total_steps:
+            state.stopped_early = True
+            self.progress.say("note", step=state.step, text=f"early stopping: no better {monitor} for {stopping.patience} evaluations")
+
+    def _measure(self, split: str) -> tuple[float, dict[str, dict[str, Any]]]:
+        if isinstance(self.pipeline, TrainPipelineSparseDist):
+            self.pipeline.detach()  # else scores would come from batches in flight; it attaches itself again
+        return evaluate_split(self.train_model.model, self.splits[split], self.config, self.process)
+
+    def _save(self) -> None:
+        folder, began = self.folder / "checkpoints", time.monotonic()
+        with self.meter.paused():
+            checkpoint.save(
+                folder,
+                self.model,
+                self.optimizers,
+                {
+                    "step": self.state.step,
+                    "loop": asdict(self.state),
+                    "world_size": self.process.world_size,
+                    "plan": plan_json(self.planned, self.process.world_size),
+                    "config": self.config.model_dump(mode="json"),
+                    "data": {"digest": self.reader.dataset.digest, "files": self.reader.dataset.manifest()},
+                    "versions": versions(),
+                },
+            )
+            if self.process.first:
+                checkpoint.retain(folder, self.config.train.keep, self.state.best_step)
+        self.progress.say("checkpoint", step=self.state.step, seconds=round(time.monotonic() - began, 3))
+
+    def _profiler(self) -> Any:
+        """torch.profiler over the chosen steps on rank 0, written to <run>/profile; else nothing."""
+        profile = self.config.train.profile
+        if not profile or not self.process.first:
+            return nullcontext()
+        return torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=max(profile.first_step - 1, 0), warmup=1, active=profile.steps, repeat=1),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.folder / "profile")),
+        )
+
+    def _introduction(self, found: checkpoint.Checkpoint | None) -> str:
+        config, process = self.config, self.process
+        sizes = "  ".join(f"{split} {data.rows:,}" for split, data in self.splits.items())
+        dense = sum(p.numel() for p in self.optimizers.parameters.values())
+        tables = sum(t.rows * t.dim for t in self.planned)
+        begin = f"continuing from {found.path} (step {found.step})" if found else "starting afresh"
+        lines = [
+            f"{config.name}: {config.model.kind} on {process.world_size} worker(s), {process.device.type}, run directory {self.folder}",
+            f"{begin}; rows: {sizes}; {self.total_steps} steps of {config.train.global_batch_size}",
+            f"parameters: {tables:,} in {len(self.planned)} tables, {dense:,} dense; sharding plan (MB: weights and optimizer state):",
+            *("  " + line for line in plan_text(self.planned, process.world_size).splitlines()),
+        ]
+        return "\n".join(lines)
+
+
+def make_pipeline(model: DistributedModelParallel, optimizers: Optimizers, device: torch.device) -> Any:
+    """TorchRec's pipeline: overlapping input distribution with compute on CUDA, plain on CPU, where nothing is left to hide."""
+    kind = TrainPipelineSparseDist if device.type == "cuda" else TrainPipelineBase
+    return kind(model, optimizers, device)
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Dropout by (seed, step, rank): a resumed run draws what the uninterrupted one would have."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
+
+
+def _reader(config: Config, dataset: Dataset, process: Process) -> Reader:
+    return Reader(
+        dataset,
+        Collator(config, locate=dataset.locate),
+        global_batch_size=config.train.global_batch_size,
+        num_streams=config.data.num_streams,
+        window=config.data.shuffle_window,
+        seed=config.run.seed if config.data.shuffle else None,
+        rank=process.rank,
+        world_size=process.world_size,
+        prefetch=config.data.prefetch,
+    )
+
+
+def _count_starts(folder: Path) -> int:
+    """How often this run was started before."""
+    log = folder / "metrics.jsonl"
+    return sum(line.startswith('{"kind": "start"') for line in log.open()) if log.exists() else 0
+
+
+class Meter:
+    """Losses, rows and seconds since the last log line, and the steady speed of the attempt."""
+
+    def __init__(self, num_tasks: int, device: torch.device):
+        self.sums = torch.zeros(2, num_tasks, dtype=torch.float64, device=device)
+        self.all, self.steady, self.intervals = [0, 0.0], [0, 0.0], 0  # rows, seconds
+        self.replaced_ids = 0
+        self.last = time.monotonic()
+        self.start_interval()
+
+    def start_interval(self) -> None:
+        self.sums.zero_()
+        self.rows, self.seconds, self.waited = 0, 0.0, 0.0
+        self.intervals += 1
+
+    def add(self, numbers: StepNumbers) -> None:
+        self.sums += torch.stack([numbers.losses * numbers.weights, numbers.weights])
+
+    def tick(self) -> float:
+        """Seconds since the last tick, pauses left out."""
+        now = time.monotonic()
+        passed, self.last = now - self.last, now
+        self.seconds += passed
+        return passed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.last += time.monotonic() - began
+
+    def timed(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+        """The same batches, with the time spent waiting for them."""
+        while True:
+            began = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - began
+            if batch is None:
+                return
+            self.replaced_ids += batch.replaced_ids
+            yield batch
+
+    def mean_losses(self) -> list[float]:
+        return (self.sums[0] / self.sums[1].clamp(min=1e-30)).tolist()
+
+    def samples_per_second(self) -> float:
+        for total in (self.all, self.steady)[: self.intervals]:  # the first interval holds what only happens once
+            total[0] += self.rows
+            total[1] += self.seconds
+        return round(self.rows / max(self.seconds, 1e-9), 1)
+
+    def data_wait(self) -> float:
+        return round(self.waited / max(self.seconds, 1e-9), 4)
+
+    def steady_samples_per_second(self) -> float | None:
+        rows, seconds = self.steady if self.steady[1] else self.all
+        return round(rows / seconds, 1) if seconds else None

@@ -1,0 +1,1 @@
+"""Batch → logits: embeddings → feature vector → head → towers; and the joint loss beside them."""

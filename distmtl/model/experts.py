@@ -1,0 +1,94 @@
+"""The layers that experts, gates and towers are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Experts(nn.Module):
+    """E networks of one shape, their weights stacked: (E, out, in) per layer. ReLU and dropout after every layer.
+
+    A slice of a stacked weight is contiguous, so every expert runs its own fast GEMM; nothing is stacked at run time.
+
+    forward: (B, in), or one (B, in) per expert → E tensors (B, out)
+    """
+
+    def __init__(self, num_experts: int, width: int, layers: Sequence[int], dropout: float = 0.0):
+        super().__init__()
+        self.dropout = dropout
+        sizes = list(zip((width, *layers), layers, strict=False))
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_experts, out, into)) for into, out in sizes)
+        self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, out)) for _, out in sizes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            bound = math.sqrt(6.0 / weight.shape[2])  # He et al. 2015, fan-in of one expert
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        outputs = []
+        for e in range(self.weights[0].shape[0]):
+            h = x if isinstance(x, Tensor) else x[e]
+            for weight, bias in zip(self.weights, self.biases, strict=True):
+                h = F.dropout(F.relu(F.linear(h, weight[e], bias[e])), self.dropout, self.training)
+            outputs.append(h)
+        return outputs
+
+
+class Gate(nn.Linear):
+    """Softmax over experts (Ma et al. 2018, eq. 7). Zero weights at start: every expert counts the same.
+
+    forward: (B, in) → (B, E)
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softmax(super().forward(x), dim=1, dtype=torch.float32)
+
+
+def mix(gate: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    """Σₑ gate[:, e]·expertₑ: (B, E), E tensors (B, H) → (B, H), accumulated without stacking the experts."""
+    out = gate[:, :1] * experts[0]
+    for e in range(1, len(experts)):
+        out = torch.addcmul(out, gate[:, e : e + 1], experts[e])
+    return out
+
+
+class Output(nn.Linear):
+    """The last layer of a tower, with a chosen bias at start."""
+
+    def __init__(self, width: int, start: float):
+        self.start = start
+        super().__init__(width, 1)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.constant_(self.bias, self.start)
+
+
+class Tower(nn.Module):
+    """A task's own network down to its logit.
+
+    forward: (B, in) → (B,)
+    """
+
+    def __init__(self, width: int, layers: Sequence[int], dropout: float = 0.0, bias: float = 0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.hidden = nn.ModuleList(nn.Linear(into, out) for into, out in zip((width, *layers), layers, strict=False))
+        self.output = Output((width, *layers)[-1], bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.hidden:
+            x = F.dropout(F.relu(layer(x)), self.dropout, self.training)
+        return self.output(x).squeeze(1)

@@ -1,0 +1,26 @@
+"""MMoE (Ma et al. 2018, "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from distmtl.model.experts import Experts, Gate, mix
+
+
+class MMoE(nn.Module):
+    """Task t gets Σₑ gₜₑ(x)·fₑ(x), g = softmax(Wₜx + bₜ).
+
+    forward: (B, width) → T tensors (B, H)
+    """
+
+    def __init__(self, width: int, num_tasks: int, num_experts: int, expert: Sequence[int], dropout: float = 0.0):
+        super().__init__()
+        self.output_width = expert[-1]
+        self.experts = Experts(num_experts, width, expert, dropout)
+        self.gates = nn.ModuleList(Gate(width, num_experts) for _ in range(num_tasks))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        experts = self.experts(x)
+        return [mix(gate(x), experts) for gate in self.gates]

@@ -1,0 +1,108 @@
+"""Fused table optimizer, dense optimizer and schedule as the one optimizer that the train pipeline steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distmtl.config import AdagradDense, AdamDense, AdamWDense, OptimizerConfig, ScheduleConfig, SgdDense
+
+
+class Optimizers:
+    """Steps everything that is trained.
+
+    Dense gradients live in one flat buffer: one all-reduce, in an order that never changes (a resumed run is bit-equal to
+    an uninterrupted one), one norm, one zeroing. Tables are stepped by FBGEMM inside backward; here they get their learning
+    rate.
+
+    Args:
+        fused: TorchRec's optimizer of the sharded tables.
+        dense: name → parameter of everything else.
+        trained: whether the step's update is to be made; asked after backward.
+    """
+
+    def __init__(
+        self, config: OptimizerConfig, fused: Any, dense: dict[str, nn.Parameter], total_steps: int, trained: Callable[[], Tensor]
+    ):
+        self.config, self.fused, self.total_steps, self.trained = config, fused, total_steps, trained
+        self.parameters = dict(sorted(dense.items()))
+        self.gradients = _flat_gradients(list(self.parameters.values()))
+        self.dense = _dense_optimizer(config, list(self.parameters.values()))
+        self.base = [g["lr"] for g in self._groups()]
+        self.set_step(0)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [*self.fused.param_groups, *self.dense.param_groups]
+
+    def set_step(self, step: int) -> None:
+        """Set every learning rate for the step about to be made."""
+        factor = learning_rate_factor(self.config.schedule, step, self.total_steps)
+        for group, lr in zip(self._groups(), self.base, strict=True):
+            group["lr"] = lr * factor
+
+    @property
+    def dense_lr(self) -> float:
+        return self.dense.param_groups[0]["lr"]
+
+    def zero_grad(self) -> None:
+        self.fused.zero_grad()  # sends the learning rate to FBGEMM, before the backward that uses it
+        self.gradients.zero_()
+
+    def step(self) -> None:
+        if not bool(self.trained()):
+            return
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.gradients)
+            self.gradients.div_(dist.get_world_size())
+        if self.config.clip_norm:
+            norm = self.gradients.norm()
+            self.gradients.mul_((self.config.clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0))
+        self.dense.step()
+
+    def dense_state(self) -> dict[str, Any]:
+        """Optimizer state by parameter name."""
+        state = self.dense.state_dict()["state"]
+        return {name: state[i] for i, name in enumerate(self.parameters) if i in state}
+
+    def load_dense_state(self, state: dict[str, Any]) -> None:
+        whole = self.dense.state_dict()
+        whole["state"] = {i: state[name] for i, name in enumerate(self.parameters) if name in state}
+        self.dense.load_state_dict(whole)
+
+
+def learning_rate_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
+    """Linear warm-up from 1/warmup_steps to 1, then decay reaching `final` at the last step."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    if schedule.decay == "none":
+        return 1.0
+    done = min((step - schedule.warmup_steps) / max(total_steps - 1 - schedule.warmup_steps, 1), 1.0)
+    left = 1.0 - done if schedule.decay == "linear" else (1.0 + math.cos(math.pi * done)) / 2
+    return schedule.final + (1.0 - schedule.final) * left
+
+
+def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """Give every parameter a gradient that is a view of one buffer."""
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    start = 0
+    for p in parameters:
+        p.grad = flat[start : start + p.numel()].view_as(p)
+        start += p.numel()
+    return flat
+
+
+def _dense_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    match config.dense:
+        case AdamDense(lr=lr, betas=betas, eps=eps):
+            return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=eps, foreach=True)
+        case AdamWDense(lr=lr, betas=betas, eps=eps, weight_decay=decay):
+            return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=decay, foreach=True)
+        case AdagradDense(lr=lr, eps=eps):
+            return torch.optim.Adagrad(parameters, lr=lr, eps=eps, foreach=True)
+        case SgdDense(lr=lr, momentum=momentum):
+            return torch.optim.SGD(parameters, lr=lr, momentum=momentum, foreach=True)

@@ -1,0 +1,98 @@
+"""What a run says while it runs: one JSON line a program can read, and one line a person can.
+
+Rank 0 appends records to <run>/metrics.jsonl and TensorBoard; launchers show them through `describe`. A record has a `kind`:
+start, train, evaluation, checkpoint, note, end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+Report = Callable[[Record], None]
+
+
+class Progress:
+    """Appends records to a run directory and passes them on; silent on all ranks but the first."""
+
+    def __init__(self, folder: Path | None, first: bool, report: Report):
+        self.first, self.report = first, report
+        self.file = None
+        if first and folder:
+            from torch.utils.tensorboard import SummaryWriter  # a second of imports, on rank 0 only
+
+            self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+            self.board = SummaryWriter(str(folder))
+
+    def say(self, kind: str, **values: Any) -> None:
+        if self.file is None:
+            return
+        record = {"kind": kind, "time": round(time.time(), 3), **values}
+        self.file.write(json.dumps(record) + "\n")
+        for name, value in _scalars(values):
+            self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
+        self.report(record)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.board.close()
+
+
+def _scalars(values: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield prefix + name, value
+
+
+def describe(record: Record) -> str | None:
+    """A record as the lines a person follows; None for one that is not worth a line."""
+    r = record
+    match r["kind"]:
+        case "start":
+            return r["text"]
+        case "train":
+            losses = "  ".join(f"{task} {loss:.4f}" for task, loss in r["losses"].items())
+            return (
+                f"step {r['step']:>6}/{r['of']}  epoch {r['epoch']}  {_si(r['rows'])} rows  {r['samples_per_second']:>9,.0f} samples/s"
+                f"  loss {r['loss']:.4f}  {losses}  ETA {duration(r['eta_s'])}"
+            )
+        case "evaluation":
+            tasks = "  ".join(f"{task} {_headline(m)}" for task, m in r["metrics"].items())
+            best = "  (best so far)" if r.get("best") else ""
+            return f"step {r['step']:>6}/{r['of']}  {r['split']}  loss {r['loss']:.4f}  {tasks}{best}"
+        case "note":
+            return r["text"]
+    return None
+
+
+def print_record(record: Record) -> None:
+    """The `report` of a process with a terminal of its own."""
+    if line := describe(record):
+        print(line, flush=True)
+
+
+def _headline(metrics: Record) -> str:
+    shown = [(k, metrics[k]) for k in ("auc", "logloss", "rmse") if metrics.get(k) is not None]
+    return " ".join(f"{k.upper() if k != 'logloss' else k} {v:.4f}" for k, v in shown) or "(nothing known)"
+
+
+def _si(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"
+
+
+def duration(seconds: float) -> str:
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"

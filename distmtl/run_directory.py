@@ -1,0 +1,128 @@
+"""A run's folder: whose it is, what it holds, what it may be continued from."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distmtl import checkpoint
+from distmtl.checkpoint import Checkpoint
+from distmtl.config import Config, dump_config, parse_config
+from distmtl.data.dataset import Dataset
+from distmtl.errors import DistmtlError
+
+# What may change between the start of a run and its continuation: how it is run, not what it computes.
+FREE = (
+    "name", "run.dir", "cluster.", "evaluation.", "data.train", "data.validation", "data.test", "data.prefetch",
+    "train.log_every", "train.eval_every", "train.save_every", "train.keep", "train.monitor", "train.early_stopping", "train.profile",
+    "train.non_finite", "sharding.types", "sharding.row_wise_above_mb",
+)  # fmt: skip
+FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a shorter one, unless the learning rate depends on it
+
+
+def open_run(config: Config, resume: str, train_set: Dataset) -> tuple[Checkpoint | None, list[str]]:
+    """Make the run directory, or continue it. Returns the checkpoint to load, and what is worth saying about it.
+
+    Args:
+        resume: `auto` continues a run of the same config; `never` wants an empty directory; a path of a checkpoint or run
+            gives the weights to start from when the directory has no checkpoint of its own.
+
+    Raises:
+        DistmtlError: the directory is another run's (the differing fields), the data set changed, or nothing to load.
+    """
+    folder = Path(config.run_dir)
+    if folder.exists() and not folder.is_dir():
+        raise DistmtlError(f"run.dir {folder} is a file; choose another run.dir")
+    entries = [p.name for p in folder.iterdir()] if folder.exists() else []
+    if entries and not (folder / "config.yaml").exists():
+        raise DistmtlError(f"run.dir {folder} is not empty and not a run (no config.yaml); choose another run.dir or empty it")
+    if entries and resume == "never":
+        raise DistmtlError(f"run.dir {folder} already holds a run; choose another run.dir, delete it, or continue it with --resume auto")
+    found: Checkpoint | None = None
+    notes: list[str] = []
+    if entries:
+        _same(config, parse_config(yaml.safe_load((folder / "config.yaml").read_text()), str(folder / "config.yaml")), f"run.dir {folder}")
+        found, notes = checkpoint.newest(folder / "checkpoints")
+    if found is None and resume not in ("auto", "never"):
+        found = find_checkpoint(resume)
+        _same(config, checkpoint_config(found), f"checkpoint {found.path}")
+    if found is not None:
+        _same_data(train_set, found)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "config.yaml.partial"
+    partial.write_text(dump_config(config))
+    os.replace(partial, folder / "config.yaml")
+    return found, notes
+
+
+def find_checkpoint(path: str) -> Checkpoint:
+    """The checkpoint at a path: a checkpoint's folder, or a run's (its best one, else its newest).
+
+    Raises:
+        DistmtlError: there is none, or it is incomplete.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise DistmtlError(f"checkpoint {path}: no such folder")
+    if (folder / "checkpoints").is_dir():
+        found, notes = checkpoint.newest(folder / "checkpoints")
+        if found is None:
+            raise DistmtlError(f"run {path} has no complete checkpoint" + "".join(f"\n  {n}" for n in notes))
+        best = found.manifest["loop"]["best_step"]
+        best_path = folder / "checkpoints" / f"step-{best or 0:09d}"
+        return checkpoint.read(best_path) if best is not None and best_path.exists() else found
+    return checkpoint.read(folder)
+
+
+def checkpoint_config(found: Checkpoint) -> Config:
+    return parse_config(found.manifest["config"], f"checkpoint {found.path}")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _same(new: Config, old: Config, where: str) -> None:
+    free = FREE + (FREE_WITHOUT_DECAY if new.optimizer.schedule.decay == "none" else ())
+    a, b = _flat(new.model_dump(mode="json")), _flat(old.model_dump(mode="json"))
+    differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not k.startswith(free)]
+    if differing:
+        lines = "\n".join(f"  - {k}: {b.get(k)!r} there, {a.get(k)!r} now" for k in differing[:20])
+        raise DistmtlError(f"{where} was made with another config; use its values or another run.dir\n{lines}")
+
+
+def _same_data(train_set: Dataset, found: Checkpoint) -> None:
+    data = found.manifest["data"]
+    if data["digest"] == train_set.digest:
+        return
+    old, new = data["files"], train_set.manifest()
+    changed = [f"{n} added" for n in new if n not in old] + [f"{n} gone" for n in old if n not in new]
+    changed += [
+        f"{n}: {old[n][0]} bytes and {old[n][1]} rows then, {new[n][0]} and {new[n][1]} now"
+        for n in new
+        if n in old and list(new[n]) != old[n]
+    ]
+    raise DistmtlError(
+        f"data.train {train_set.path} changed since checkpoint {found.path}: its position in the data would be wrong; "
+        "bring the files back, or start another run.dir\n" + "\n".join(f"  - {c}" for c in (changed or ["row groups cut otherwise"])[:20])
+    )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → plain value; elements of a list go by their name where they have one."""
+    if isinstance(tree, dict):
+        items = list(tree.items())
+    elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        items = [(v.get("name", str(i)), v) for i, v in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    if not items:
+        return {prefix: tree}
+    return {k: v for name, value in items for k, v in _flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}
