@@ -40,23 +40,37 @@ def open_run(config: Config, resume: str, train_set: Dataset) -> tuple[Checkpoin
     entries = [p.name for p in folder.iterdir()] if folder.exists() else []
     if entries and not (folder / "config.yaml").exists():
         raise DistmtlError(f"run.dir {folder} is not empty and not a run (no config.yaml); choose another run.dir or empty it")
-    if entries and resume == "never":
+    begun = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0  # else it failed before its first step
+    if begun and resume == "never":
         raise DistmtlError(f"run.dir {folder} already holds a run; choose another run.dir, delete it, or continue it with --resume auto")
     found: Checkpoint | None = None
     notes: list[str] = []
-    if entries:
-        _same(config, parse_config(yaml.safe_load((folder / "config.yaml").read_text()), str(folder / "config.yaml")), f"run.dir {folder}")
+    if begun:
+        _same(config, _config_of(folder), f"run.dir {folder}")
         found, notes = checkpoint.newest(folder / "checkpoints")
+        if found and resume not in ("auto", "never") and Path(resume).resolve() not in (folder.resolve(), found.path.resolve()):
+            notes = [f"run.dir {folder} holds a checkpoint of its own, which goes before --resume {resume}", *notes]
     if found is None and resume not in ("auto", "never"):
         found = find_checkpoint(resume)
         _same(config, checkpoint_config(found), f"checkpoint {found.path}")
     if found is not None:
         _same_data(train_set, found)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "config.yaml.partial"
-    partial.write_text(dump_config(config))
-    os.replace(partial, folder / "config.yaml")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "config.yaml.partial"
+        partial.write_text(dump_config(config), encoding="utf-8")
+        os.replace(partial, folder / "config.yaml")
+    except OSError as e:
+        raise DistmtlError(f"run.dir {folder} cannot be written: {e.strerror or e}; choose another run.dir") from None
     return found, notes
+
+
+def _config_of(folder: Path) -> Config:
+    try:
+        raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise DistmtlError(f"{folder / 'config.yaml'} cannot be read: {' '.join(str(e).split())}; choose another run.dir") from None
+    return parse_config(raw, str(folder / "config.yaml"))
 
 
 def find_checkpoint(path: str) -> Checkpoint:
@@ -121,6 +135,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         items = list(tree.items())
     elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
         items = [(v.get("name", str(i)), v) for i, v in enumerate(tree)]
+        items.append(("(order)", [name for name, _ in items]))  # dense weights go by position
     else:
         return {prefix: tree}
     if not items:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distmtl.config import BinaryTask, Config, IdFeature, VectorFeature
-from distmtl.data.collate import ROW, Collator, is_list, is_string
+from distmtl.data.collate import ROW, Collator, alike_type, is_list, is_string
 from distmtl.data.dataset import Dataset
 from distmtl.errors import DistmtlError
 
@@ -30,26 +30,34 @@ def check_dataset(dataset: Dataset, config: Config, split: str) -> None:
     """
     collator = Collator(config, oracle=split != "train", locate=dataset.locate)
     mistakes: dict[str, None] = {}
-    nulls = dict.fromkeys([t.column for t in config.tasks], 0)
+    unknown = {t.column for t in config.tasks}  # labels without a known value so far
+    kinds: dict[str, tuple[pa.DataType, str]] = {}  # every column's type so far, and a file that has it
     for p, part in enumerate(dataset.parts):
-        with dataset.open_part(p) as file:
-            found = _schema_mistakes(file.schema_arrow, collator, config, part.path)
-            if not found:
-                found = _range_mistakes(file, config, part.path, nulls)
-            if not found and p % max(len(dataset.parts) // SAMPLE_PARTS, 1) == 0:
-                found = collator.mistakes(_sample(file, dataset, p, collator.columns))
+        try:
+            with dataset.open_part(p) as file:
+                found = _schema_mistakes(file.schema_arrow, collator, config, part.path, kinds)
+                if not found:
+                    found = _range_mistakes(file, config, part.path, unknown)
+                if not found and p % max(len(dataset.parts) // SAMPLE_PARTS, 1) == 0:
+                    found = collator.mistakes(_sample(file, dataset, p, collator.columns))
+        except (pa.ArrowException, OSError) as e:
+            found = [f"{part.path} cannot be read: {str(e).splitlines()[0]}"]
         mistakes.update(dict.fromkeys(found))
     if not mistakes:
         for task in config.tasks:
-            if nulls[task.column] == dataset.rows:
+            if task.column in unknown:
                 mistakes[f"label {task.column!r}: all {dataset.rows} rows are null; task {task.name!r} would have nothing to learn"] = None
     if mistakes:
         lines = list(mistakes)
         more = f"\n  … and {len(lines) - 20} more" if len(lines) > 20 else ""
-        raise DistmtlError(f"data.{split} {dataset.path}: {len(lines)} mistake(s)\n" + "\n".join(f"  - {m}" for m in lines[:20]) + more)
+        count = f"{len(lines)} mistake{'s' * (len(lines) > 1)}"
+        raise DistmtlError(f"data.{split} {dataset.path}: {count}\n" + "\n".join(f"  - {m}" for m in lines[:20]) + more)
 
 
-def _schema_mistakes(schema: pa.Schema, collator: Collator, config: Config, path: str) -> list[str]:
+def _schema_mistakes(
+    schema: pa.Schema, collator: Collator, config: Config, path: str, kinds: dict[str, tuple[pa.DataType, str]]
+) -> list[str]:
+    """Columns missing, of a wrong type, or of one that does not go together with the files' before."""
     out = []
     for name in collator.columns:
         if name not in schema.names:
@@ -58,6 +66,8 @@ def _schema_mistakes(schema: pa.Schema, collator: Collator, config: Config, path
                 f"did you mean {close[0]!r}?" if close else f"it has {', '.join(schema.names[:12])}{' …' if len(schema.names) > 12 else ''}"
             )
             out.append(f"column {name!r} is missing in {path}; {hint}")
+        elif schema.names.count(name) > 1:
+            out.append(f"column {name!r} is {schema.names.count(name)} times in {path}; which one is meant cannot be told")
     if out:
         return out
     wanted = [(f.source, f"feature {f.name!r}", *_wanted(f)) for f in config.features]
@@ -66,10 +76,18 @@ def _schema_mistakes(schema: pa.Schema, collator: Collator, config: Config, path
         wanted.append((config.data.weight, "data.weight", _is_number, "a number"))
     if config.data.group:
         wanted.append((config.data.group, "data.group", lambda k: _is_integer(k) or is_string(k), "an integer or string"))
+    wanted += [(c, "true_probability", _is_number, "a number") for c in collator.oracles if c]
     for name, what, fits, words in wanted:
         kind = _plain(schema.field(name).type)
-        if not fits(kind):
+        if not (fits(kind) or pa.types.is_null(kind)):
             out.append(f"column {name!r} in {path} has type {kind}, but {what} needs {words}")
+            continue
+        before, first = kinds.setdefault(name, (kind, path))
+        pair = [pa.schema([(name, alike_type(k))]) for k in (before, kind)]
+        try:
+            kinds[name] = pa.unify_schemas(pair, promote_options="permissive").field(name).type, path if pa.types.is_null(before) else first
+        except pa.ArrowTypeError:
+            out.append(f"column {name!r} has type {before} in {first}, but {kind} in {path}; use one type")
     return out
 
 
@@ -97,21 +115,27 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)
 
 
-def _range_mistakes(file: pq.ParquetFile, config: Config, path: str, nulls: dict[str, int]) -> list[str]:
-    """From the statistics of every row group; adds up the nulls of every label."""
-    ids = {f.source: f for f in config.embedded if isinstance(f, IdFeature) and f.out_of_range == "error"}
+def _range_mistakes(file: pq.ParquetFile, config: Config, path: str, unknown: set[str]) -> list[str]:
+    """From the statistics of every row group; takes the labels it finds a value of out of `unknown`."""
+    ids: dict[str, IdFeature] = {}  # of a column's features, the one with the smallest table
+    for f in config.embedded:
+        if isinstance(f, IdFeature) and f.out_of_range == "error" and (f.source not in ids or f.rows < ids[f.source].rows):
+            ids[f.source] = f
     binary = {t.column: t for t in config.tasks if isinstance(t, BinaryTask)}
     out: dict[str, None] = {}
     for g in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(g)
         for c in range(group.num_columns):
             column = group.column(c)
-            name, statistics = column.path_in_schema.split(".")[0], column.statistics
-            if statistics is None:
-                continue
-            if name in nulls and statistics.has_null_count:
-                nulls[name] += statistics.null_count
-            if not statistics.has_min_max or not isinstance(statistics.min, int | float | bool):
+            path_in_file, statistics = column.path_in_schema, column.statistics
+            name = path_in_file.rsplit(".", 2)[0] if file.schema.column(c).max_repetition_level else path_in_file  # x.list.element
+            if name in unknown and group.num_rows:
+                nulls = statistics.null_count if statistics and statistics.has_null_count else None
+                if nulls is None:  # without statistics only the values tell
+                    nulls = file.read_row_group(g, [name], use_threads=False)[name].null_count
+                if nulls < group.num_rows:
+                    unknown.discard(name)
+            if statistics is None or not statistics.has_min_max or not isinstance(statistics.min, int | float | bool):
                 continue
             low, high = statistics.min, statistics.max
             if name in ids and (low < 0 or high >= ids[name].rows):

@@ -128,8 +128,10 @@ class Collator:
         if not self.config.data.group:
             return None
         column, out = columns[self.config.data.group], np.zeros(rows, dtype=np.int64)
-        filled = column.fill_null("" if is_string(column.type) else -1)
-        out[:n] = hash_strings(filled) if is_string(column.type) else filled.cast(pa.int64()).to_numpy()
+        if is_string(column.type):
+            out[:n] = hash_strings(column.fill_null(""))
+        else:
+            out[:n] = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy(zero_copy_only=False)
         return torch.from_numpy(out)
 
     def _oracle(self, columns: dict[str, pa.Array], rows: int, n: int) -> torch.Tensor | None:
@@ -150,10 +152,28 @@ def is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
+def alike(table: pa.Table) -> pa.Table:
+    """The table with types that files may mix, and Arrow would not, made one: dictionaries decoded, truth values and uint64 as integers."""
+    for i, field in enumerate(table.schema):
+        if (kind := alike_type(field.type)) != field.type:
+            table = table.set_column(i, field.name, pc.cast(table.column(i), kind, safe=False))
+    return table
+
+
+def alike_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind):
+        return alike_type(kind.value_type)
+    return pa.int8() if pa.types.is_boolean(kind) else pa.int64() if pa.types.is_uint64(kind) else kind
+
+
 def _whole(column: pa.ChunkedArray) -> pa.Array:
     array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     if isinstance(array, pa.ChunkedArray):  # no chunk at all
         array = pa.array([], column.type)
+    return _plain(array)
+
+
+def _plain(array: pa.Array) -> pa.Array:
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
@@ -168,7 +188,7 @@ def _embedded(array: pa.Array, feature: IdFeature | BucketFeature, at: Callable[
     lengths: Any = 1
     if is_list(array.type):
         lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
-        array = array.flatten()
+        array = _plain(array.flatten())
         if array.null_count:
             row = int(np.repeat(np.arange(len(lengths)), lengths)[_first(array.is_null().to_numpy(zero_copy_only=False))])
             raise DistmtlError(f"feature {feature.name!r}: a null inside a list at {at(row)}; leave it out of the list")
@@ -176,8 +196,11 @@ def _embedded(array: pa.Array, feature: IdFeature | BucketFeature, at: Callable[
         lengths = array.is_valid().to_numpy(zero_copy_only=False).astype(np.int32)
         array = array.drop_null()
     if is_string(array.type):
-        return into_table(hash_strings(array), feature.rows), lengths, 0
-    ids = array.cast(pa.int64()).to_numpy(zero_copy_only=False)
+        try:
+            return into_table(hash_strings(array), feature.rows), lengths, 0
+        except UnicodeDecodeError as e:
+            raise DistmtlError(f"feature {feature.name!r}: {e.object!r:.80} is not UTF-8 text, in the rows from {at(0)} on") from None
+    ids = array.cast(pa.int64(), safe=False).to_numpy(zero_copy_only=False)  # a uint64 beyond int64 becomes negative: outside any table
     if not len(ids) or (ids.min() >= 0 and ids.max() < feature.rows):
         return ids, lengths, 0
     outside = (ids < 0) | (ids >= feature.rows)
@@ -185,7 +208,7 @@ def _embedded(array: pa.Array, feature: IdFeature | BucketFeature, at: Callable[
         first = _first(outside)
         row = first if isinstance(lengths, int) else int(np.repeat(np.arange(len(lengths)), lengths)[first])
         raise DistmtlError(
-            f"feature {feature.name!r}: id {ids[first]} at {at(row)} is outside its table's 0 … {feature.rows - 1}; "
+            f"feature {feature.name!r}: id {array[first]} at {at(row)} is outside its table's 0 … {feature.rows - 1}; "
             "raise rows, or set out_of_range to hash or clip"
         )
     ids = ids.copy()
@@ -195,7 +218,7 @@ def _embedded(array: pa.Array, feature: IdFeature | BucketFeature, at: Callable[
 
 def _buckets(array: pa.Array, feature: BucketFeature, at: Callable[[int], str]) -> np.ndarray:
     known = array.is_valid().to_numpy(zero_copy_only=False)
-    x = array.cast(pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False)
+    x = _floats(array)
     _no_nan(x, f"feature {feature.name!r}", at)
     return np.where(known, np.searchsorted(np.asarray(feature.boundaries), x, side="right") + 1, 0)
 
@@ -205,14 +228,27 @@ def _dense(array: pa.Array, feature: NumericFeature | VectorFeature, at: Callabl
     if isinstance(feature, VectorFeature):
         return _vectors(array, feature, at)
     known = array.is_valid().to_numpy(zero_copy_only=False)
-    x = array.cast(pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False)
+    x = _floats(array)
     _no_nan(x, f"feature {feature.name!r}", at)
     if feature.log:
         x = np.sign(x) * np.log1p(np.abs(x))
-    return np.where(known, (x - feature.mean) / feature.std, 0.0).astype(np.float32)[:, None]
+    normalised = np.where(known, (x - feature.mean) / feature.std, 0.0)
+    if (huge := np.abs(normalised) > np.finfo(np.float32).max).any():
+        i = _first(huge)
+        raise DistmtlError(
+            f"feature {feature.name!r}: {array[i]} at {at(i)} is {normalised[i]:g} after normalisation, beyond float32; use log: true"
+        )
+    return normalised.astype(np.float32)[:, None]
+
+
+def _floats(array: pa.Array, kind: pa.DataType = pa.float64()) -> np.ndarray:  # noqa: B008
+    """Numbers with 0 where null; large integers are rounded."""
+    return array.cast(kind, safe=False).fill_null(0).to_numpy(zero_copy_only=False)
 
 
 def _vectors(array: pa.Array, feature: VectorFeature, at: Callable[[int], str]) -> np.ndarray:
+    if pa.types.is_null(array.type):
+        return np.zeros((len(array), feature.width), dtype=np.float32)
     known = array.is_valid().to_numpy(zero_copy_only=False)
     lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
     wrong = known & (lengths != feature.width)
@@ -232,7 +268,7 @@ def _vectors(array: pa.Array, feature: VectorFeature, at: Callable[[int], str]) 
 def _label(array: pa.Array, column: str, binary: bool, at: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
     """Labels with 0 where unknown, and where they are known."""
     known = array.is_valid().to_numpy(zero_copy_only=False)
-    y = array.cast(pa.float32()).fill_null(0.0).to_numpy(zero_copy_only=False)
+    y = _floats(array, pa.float32())
     _no_nan(y, f"label {column!r}", at)
     if binary and not ((y == 0) | (y == 1)).all():
         i = _first((y != 0) & (y != 1))
@@ -242,7 +278,7 @@ def _label(array: pa.Array, column: str, binary: bool, at: Callable[[int], str])
 
 def _weight(array: pa.Array, column: str, at: Callable[[int], str]) -> np.ndarray:
     known = array.is_valid().to_numpy(zero_copy_only=False)
-    w = array.cast(pa.float32()).fill_null(0.0).to_numpy(zero_copy_only=False)
+    w = _floats(array, pa.float32())
     bad = ~known | ~np.isfinite(w) | (w < 0)
     if bad.any():
         i = _first(bad)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from distmtl.batch import Batch
-from distmtl.data.collate import ROW, Collator
+from distmtl.data.collate import ROW, Collator, alike
 from distmtl.data.dataset import Dataset
 from distmtl.data.order import EpochOrder, steps_per_epoch, streams_of
 from distmtl.errors import DistmtlError
@@ -145,7 +145,7 @@ class GroupRows:
         file = self.dataset.open_part(part)
         self.source = file.iter_batches(batch_size=DECODE_ROWS, row_groups=[index], columns=self.columns, use_threads=False)
         self.group, self.position = group, 0
-        self.waiting = file.schema_arrow.empty_table().select(self.columns)
+        self.waiting = alike(file.schema_arrow.empty_table().select(self.columns))
 
     def _next(self, rows: int) -> pa.Table:
         assert self.waiting is not None
@@ -153,7 +153,7 @@ class GroupRows:
         while missing > self.waiting.num_rows:
             parts.append(self.waiting)
             missing -= self.waiting.num_rows
-            self.waiting = pa.Table.from_batches([next(self.source)])
+            self.waiting = alike(pa.Table.from_batches([next(self.source)]))
         parts.append(self.waiting.slice(0, missing))
         self.waiting = self.waiting.slice(missing)
         self.position += rows

@@ -149,7 +149,7 @@ def describe(plan: ShardingPlan, config: Config) -> Iterator[PlannedTable]:
             shards = tuple((s.placement.rank(), *s.shard_sizes) for s in parameter.sharding_spec.shards)
             kind = config.table_optimizer(name).kind
             numbers = rows * dim * (1 + state[kind]) + (rows if kind == "rowwise_adagrad" else 0)
-            yield PlannedTable(name, rows, dim, parameter.sharding_type, kind, shards, round(numbers * 4 / 2**20, 3))
+            yield PlannedTable(name, rows, dim, parameter.sharding_type, kind, shards, round(numbers * 4 / 2**20, 6))
 
 
 def plan_text(planned: list[PlannedTable], world_size: int) -> str:
