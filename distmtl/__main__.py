@@ -96,6 +96,33 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", metavar="PATH", help="Parquet to evaluate on (default: the config's test split)")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the metrics as JSON")
 
+    p = command(
+        "verify", verify, "Prove on a few steps that sharded = unsharded, 1 = N workers and resumed = uninterrupted.",
+        "distmtl verify configs/synthetic.yaml --workers 2",
+    )  # fmt: skip
+    config_arguments(p)
+    p.add_argument("--workers", type=int, default=2, metavar="N", help="ranks compared with one (default: %(default)s)")
+
+    p = command(
+        "plan", plan, "Say where every table would lie on a cluster, whether it fits, and what a step would cost. Allocates nothing.",
+        "distmtl plan configs/planning/ranking_1e12.yaml --world-size 64,128 --device cuda --hbm-gb 80",
+    )  # fmt: skip
+    config_arguments(p)
+    p.add_argument(
+        "--world-size", required=True, type=world_sizes, metavar="N[,M,…]",
+        help="workers; of several the smallest that fits is shown in full, and the exit code is 1 if none does",
+    )  # fmt: skip
+    p.add_argument("--ranks-per-node", type=int, metavar="N", help="workers of a node (default: 8)")
+    p.add_argument("--device", choices=["cuda", "cpu"], help="where tables live (default: the config's cluster.device, for auto cuda)")
+    p.add_argument("--hbm-gb", type=float, metavar="GIB", help="memory of a CUDA device (default: 80)")
+    p.add_argument("--ddr-gb", type=float, metavar="GIB", help="host memory per rank (default: 128)")
+    p.add_argument("--intra-gb-s", type=float, metavar="GB/S", help="bandwidth within a node (default, TorchRec's: 600)")
+    p.add_argument("--inter-gb-s", type=float, metavar="GB/S", help="bandwidth between nodes (default, TorchRec's: 12.5)")
+    p.add_argument("--hbm-gb-s", type=float, metavar="GB/S", help="bandwidth of HBM (default, TorchRec's: 897)")
+    p.add_argument("--ddr-gb-s", type=float, metavar="GB/S", help="bandwidth of host memory (default, TorchRec's: 51)")
+    p.add_argument("--json", action="store_true", help="print JSON instead")
+    p.add_argument("--measure", action="store_true", help="also train 20 steps with one worker here (CPU) and compare")
+
     p = command("config", show_config, "Print the resolved config.", "distmtl config configs/synthetic.yaml model.num_experts=8")
     config_arguments(p)
 
@@ -128,20 +155,26 @@ def _option(text: str) -> tuple[str, str]:
     return key, value
 
 
-def train(a: argparse.Namespace) -> None:
+def train(a: argparse.Namespace) -> int:
+    import signal
+
     from distmtl.config import load_config
     from distmtl.distributed.process import under_torchrun
+    from distmtl.stopping import stop_on_signals
 
     config = load_config(a.config, [*a.overrides, *([f"cluster.workers={a.workers}"] if a.workers is not None else [])])
     if under_torchrun():
         from distmtl.loop import train as run
     else:
         from distmtl.cluster.trainer import train_on_ray as run
-    result = run(config, a.resume)
+    with stop_on_signals(Path(config.run_dir)) as request:
+        result = run(config, a.resume)
     if _first_rank():
-        print_metrics(result["metrics"])
+        if result["metrics"]:
+            print_metrics(result["metrics"])
         print(f"run directory: {result['run_dir']}")
         print(json.dumps(result))
+    return 128 + signal.SIGINT if result["stopped"] and request.signal == signal.SIGINT else 0
 
 
 def evaluate(a: argparse.Namespace) -> None:
@@ -159,6 +192,36 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     from distmtl.metrics import format_metrics
 
     print(format_metrics(metrics))
+
+
+def verify(a: argparse.Namespace) -> int:
+    from distmtl.config import load_config
+    from distmtl.verification import verify as run
+
+    failed = [c for c in run(load_config(a.config, a.overrides), a.workers) if not c.passed]
+    print(f"{len(failed)} check(s) failed" if failed else "all checks passed")
+    return len(failed) > 0
+
+
+def world_sizes(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or numbers with commas between") from None
+
+
+def plan(a: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from distmtl.config import load_config
+    from distmtl.planning import Hardware, make_report
+
+    config = load_config(a.config, a.overrides)
+    given = {f.name: getattr(a, f.name) for f in fields(Hardware) if getattr(a, f.name) is not None}
+    device = "cpu" if config.cluster.device == "cpu" else "cuda"
+    report = make_report(config, Hardware(**{"device": device, **given}), a.world_size, a.measure)
+    print(json.dumps(report.json()) if a.json else report.text())
+    return 0 if report.fits else 1
 
 
 def show_config(a: argparse.Namespace) -> None:

@@ -90,13 +90,14 @@ def read(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except FileNotFoundError:
+        version, files = manifest["format"], dict(manifest["files"])
+    except (FileNotFoundError, NotADirectoryError):
         raise DistmtlError(f"checkpoint {path} is incomplete: it has no {MANIFEST}") from None
-    except (OSError, json.JSONDecodeError) as e:
-        raise DistmtlError(f"checkpoint {path}: {MANIFEST} cannot be read: {e}") from None
-    if manifest.get("format") != FORMAT:
-        raise DistmtlError(f"checkpoint {path}: format {manifest.get('format')}, but this version reads format {FORMAT}")
-    for name, size in manifest["files"].items():
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DistmtlError(f"checkpoint {path}: {MANIFEST} is not one of ours, or damaged: {type(e).__name__}: {e}") from None
+    if version != FORMAT:
+        raise DistmtlError(f"checkpoint {path}: format {version}, but this version reads format {FORMAT}")
+    for name, size in files.items():
         found = (path / name).stat().st_size if (path / name).exists() else None
         if found != size:
             raise DistmtlError(f"checkpoint {path} is damaged: {name} has {'no' if found is None else found} bytes instead of {size}")

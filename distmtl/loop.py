@@ -32,6 +32,7 @@ from distmtl.model.multitask import TrainModel, initialise_dense
 from distmtl.optim import Optimizers
 from distmtl.progress import Progress, Report, print_record
 from distmtl.run_directory import open_run, write_json
+from distmtl.stopping import asked_to_stop, forget_request, steps_between_looks
 from distmtl.versions import git_commit, versions
 
 SPLITS = ("train", "validation", "test")
@@ -114,6 +115,8 @@ class Training:
         )
         self.pipeline = make_pipeline(self.model, self.optimizers, process.device)
         self.restarts = 0
+        self.stopped = False  # asked to end before the last step; not part of the state: a continued run goes on
+        self.look_at = 0  # step at which to look for such a request
         self.meter = Meter(len(config.tasks), process.device)
         self.measured: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}  # metrics of the step just evaluated
 
@@ -140,7 +143,7 @@ class Training:
         batches = self.meter.timed(self.reader.batches(state.step, last))
         self.model.train()
         with self._profiler() as profiler:
-            while state.step < last and not state.stopped_early:
+            while state.step < last and not state.stopped_early and not self.stopped:
                 self.optimizers.set_step(state.step)
                 seed_dropout(self.config.run.seed, state.step, self.process.rank)
                 numbers: StepNumbers = self.pipeline.progress(batches)
@@ -157,14 +160,17 @@ class Training:
                 evaluating = "validation" in self.splits and (state.step % eval_every == 0 or ending)
                 if evaluating:
                     self._evaluate()
-                if evaluating or ending or state.step % (config.save_every or eval_every) == 0:
+                self.stopped = not ending and not state.stopped_early and self._asked_to_stop()
+                if evaluating or ending or self.stopped or state.step % (config.save_every or eval_every) == 0:
                     self._save()
         batches.close()
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate the best checkpoint, write result.json."""
+        """Evaluate the best checkpoint, write result.json. A stopped run ends without: there may be little time left."""
         state, process = self.state, self.process
-        if state.best_step not in (None, state.step):
+        if self.stopped:
+            self._say_stopped()
+        elif state.best_step not in (None, state.step):
             best = on_first_rank(process, lambda: checkpoint.read(self.folder / "checkpoints" / f"step-{state.best_step:09d}"))
             checkpoint.load(best, self.model, self.optimizers)
         metrics = {}
@@ -172,7 +178,7 @@ class Training:
         for split in SPLITS[1:]:
             if (step, split) in self.measured:
                 metrics[split] = self.measured[step, split]
-            elif split in self.splits:
+            elif split in self.splits and not self.stopped:
                 loss, metrics[split] = self._measure(split)
                 self.progress.say("evaluation", step=step, of=self.total_steps, split=split, loss=loss, metrics=metrics[split])
         result = {
@@ -187,6 +193,7 @@ class Training:
             "samples_per_second": self.meter.steady_samples_per_second(),
             "best_step": state.best_step,
             "restarts": self.restarts,
+            "stopped": self.stopped,
             "metrics": metrics,
             "versions": versions(),
             "git": git_commit(),
@@ -266,6 +273,21 @@ class Training:
         if stopping and state.evaluations_without_best >= stopping.patience and state.step < self.total_steps:
             state.stopped_early = True
             self.progress.say("note", step=state.step, text=f"early stopping: no better {monitor} for {stopping.patience} evaluations")
+
+    def _asked_to_stop(self) -> bool:
+        """Rank 0 looks about once a second and tells the others: all of them must stop at the same step."""
+        if self.state.step < self.look_at:
+            return False
+        pace = self.state.step, self.state.seconds
+        asked, steps = on_first_rank(self.process, lambda: (asked_to_stop(self.folder), steps_between_looks(*pace)))
+        self.look_at = self.state.step + steps
+        return asked
+
+    def _say_stopped(self) -> None:
+        if self.process.first:
+            forget_request(self.folder)
+        text = f"stopped on request at step {self.state.step} of {self.total_steps}, checkpoint saved; the same command continues"
+        self.progress.say("note", step=self.state.step, text=text)
 
     def _measure(self, split: str) -> tuple[float, dict[str, dict[str, Any]]]:
         if isinstance(self.pipeline, TrainPipelineSparseDist):
@@ -365,7 +387,8 @@ class Meter:
         self.intervals += 1
 
     def add(self, numbers: StepNumbers) -> None:
-        self.sums += torch.stack([numbers.losses * numbers.weights, numbers.weights])
+        sums = torch.stack([numbers.losses * numbers.weights, numbers.weights])
+        self.sums += torch.where(numbers.trained, sums, 0.0)
 
     def tick(self) -> float:
         """Seconds since the last tick, pauses left out."""

@@ -32,7 +32,7 @@ class Optimizers:
         self.config, self.fused, self.total_steps, self.trained = config, fused, total_steps, trained
         self.parameters = dict(sorted(dense.items()))
         self.gradients = _flat_gradients(list(self.parameters.values()))
-        self.dense = _dense_optimizer(config, list(self.parameters.values()))
+        self.dense = dense_optimizer(config, list(self.parameters.values()))
         self.base = [g["lr"] for g in self._groups()]
         self.set_step(0)
 
@@ -96,7 +96,7 @@ def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
     return flat
 
 
-def _dense_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def dense_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     match config.dense:
         case AdamDense(lr=lr, betas=betas, eps=eps):
             return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=eps, foreach=True)

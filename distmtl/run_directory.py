@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from distmtl.errors import DistmtlError
 
 # What may change between the start of a run and its continuation: how it is run, not what it computes.
 FREE = (
-    "name", "run.dir", "cluster.", "evaluation.", "data.train", "data.validation", "data.test", "data.prefetch",
-    "train.log_every", "train.eval_every", "train.save_every", "train.keep", "train.monitor", "train.early_stopping", "train.profile",
-    "train.non_finite", "sharding.types", "sharding.row_wise_above_mb",
+    "name", "run.dir", "cluster.*", "evaluation.*", "data.train", "data.validation", "data.test", "data.prefetch",
+    "tasks.*.true_probability", "train.log_every", "train.eval_every", "train.save_every", "train.keep", "train.monitor",
+    "train.early_stopping*", "train.profile*", "train.non_finite*", "sharding.types", "sharding.row_wise_above_mb", "tables.*.sharding",
 )  # fmt: skip
 FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a shorter one, unless the learning rate depends on it
 
@@ -40,7 +41,8 @@ def open_run(config: Config, resume: str, train_set: Dataset) -> tuple[Checkpoin
     entries = [p.name for p in folder.iterdir()] if folder.exists() else []
     if entries and not (folder / "config.yaml").exists():
         raise DistmtlError(f"run.dir {folder} is not empty and not a run (no config.yaml); choose another run.dir or empty it")
-    begun = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0  # else it failed before its first step
+    log = folder / "metrics.jsonl"  # without a word in it or a checkpoint, the run failed before its first step
+    begun = (folder / "checkpoints").exists() or (log.exists() and log.stat().st_size > 0)
     if begun and resume == "never":
         raise DistmtlError(f"run.dir {folder} already holds a run; choose another run.dir, delete it, or continue it with --resume auto")
     found: Checkpoint | None = None
@@ -106,7 +108,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def _same(new: Config, old: Config, where: str) -> None:
     free = FREE + (FREE_WITHOUT_DECAY if new.optimizer.schedule.decay == "none" else ())
     a, b = _flat(new.model_dump(mode="json")), _flat(old.model_dump(mode="json"))
-    differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not k.startswith(free)]
+    differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not any(fnmatchcase(k, f) for f in free)]
     if differing:
         lines = "\n".join(f"  - {k}: {b.get(k)!r} there, {a.get(k)!r} now" for k in differing[:20])
         raise DistmtlError(f"{where} was made with another config; use its values or another run.dir\n{lines}")

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-# Ray reads these when it is imported. Its defaults leave a death unnoticed for seconds and a stuck shutdown for half a minute.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of every worker without a GPU
 
 import ray
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
+from distmtl.cluster.network import ProcessGroupConfig
+from distmtl.cluster.timeouts import retry_wait_s, set_hang_timeout
 from distmtl.config import Config, parse_config
 from distmtl.errors import DistmtlError
 from distmtl.progress import Report, print_record
 
-QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+R = TypeVar("R")
+
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 
 
 def train_on_ray(config: Config, resume: str = "auto", report: Report = print_record) -> dict[str, Any]:
@@ -39,30 +43,64 @@ def train_on_ray(config: Config, resume: str = "auto", report: Report = print_re
     from distmtl.loop import open_splits
     from distmtl.run_directory import open_run
 
+    _refuse_fleeting_directory(config)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(Path(config.run_dir).resolve())})})
     open_run(config, resume, open_splits(config)["train"])
     report({"kind": "note", "text": f"data and config are sound; starting {config.cluster.workers} Ray Train worker(s) …"})
-    with session(config):
-        trainer = TorchTrainer(
-            work,
-            train_loop_config={"config": config.model_dump(mode="json"), "resume": "auto" if resume == "never" else resume},
-            torch_config=TorchConfig(timeout_s=config.cluster.collective_timeout_s),
-            scaling_config=scaling(config),
-            run_config=RunConfig(
-                name="train",
-                storage_path=str(Path(config.run_dir) / "ray"),
-                failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
-        )
-        with following(Path(config.run_dir) / "metrics.jsonl", report):
-            try:
-                outcome = trainer.fit().return_value
-            except TrainingFailedError as e:
-                raise DistmtlError(_reason(e, config)) from e
+    set_hang_timeout(config.cluster)
+    with session(config), following(Path(config.run_dir) / "metrics.jsonl", report):
+        try:
+            outcome = fit_with_retries(
+                lambda failures_left: _trainer(config, resume, failures_left).fit().return_value, config.cluster.max_failures, report
+            )
+        except (TrainingFailedError, RayActorError) as e:
+            raise DistmtlError(_reason(e, config)) from e
     if "error" in outcome:
         raise DistmtlError(outcome["error"])
     return outcome["result"]
+
+
+def fit_with_retries(fit: Callable[[int], R], max_failures: int, report: Report) -> R:
+    """fit(failures left), again where Ray's controller itself failed: Ray restarts workers, but gives up when its controller cannot
+    make their process group (a node that dies meanwhile) or dies. Every such restart costs one of `max_failures`."""
+    for attempt in range(max_failures):
+        try:
+            return off_main_thread(fit, max_failures - attempt)
+        except (ControllerError, RayActorError) as e:
+            wait = retry_wait_s(attempt)
+            why = "it died" if isinstance(e, RayActorError) else _last_line(e)
+            report({"kind": "note", "text": f"Ray's controller failed: {why}; starting it again in {wait:g} s"})
+            time.sleep(wait)
+    return off_main_thread(fit, 0)
+
+
+def off_main_thread(function: Callable[..., R], *arguments: Any) -> R:
+    """On the main thread Ray Train answers Ctrl-C by aborting without a checkpoint, and a wait inside Ray holds back our own handlers."""
+    future: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as e:
+            future.set_exception(e)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result()
+
+
+def _trainer(config: Config, resume: str, max_failures: int) -> TorchTrainer:
+    return TorchTrainer(
+        work,
+        train_loop_config={"config": config.model_dump(mode="json"), "resume": "auto" if resume == "never" else resume},
+        torch_config=ProcessGroupConfig(timeout_s=config.cluster.collective_timeout_s),
+        scaling_config=scaling(config),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(Path(config.run_dir) / "ray"),
+            failure_config=FailureConfig(max_failures=max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any]:
@@ -83,18 +121,38 @@ def session(config: Config) -> Iterator[None]:
     """Ray, connected; a local instance is stopped afterwards."""
     own = not ray.is_initialized()
     if own:
-        environment = {"env_vars": QUIET}
+        # What the environment holds comes first, and a job's own env_vars are in it: Ray refuses a variable set by both.
+        environment = {"env_vars": {k: v for k, v in QUIET.items() if k not in os.environ}}
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": environment}
-        try:
-            ray.init(**quiet, address=os.environ.get("RAY_ADDRESS") or "auto")
-        except ConnectionError:
-            cpus = max(os.cpu_count() or 1, config.cluster.workers * config.cluster.cpus_per_worker)
-            ray.init(**quiet, address="local", num_cpus=cpus)
+        handler = signal.getsignal(signal.SIGTERM)
+        _connect(os.environ.get("RAY_ADDRESS", "auto"), config, quiet)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
     try:
         yield
     finally:
         if own:
             ray.shutdown()
+
+
+def _connect(address: str, config: Config, settings: dict[str, Any]) -> None:
+    """To the cluster of an address; `auto`: one that `ray start` made here, else a new local one, as `local`.
+
+    Raises:
+        DistmtlError: no cluster answers there.
+    """
+    if address != "local":
+        try:
+            ray.init(**settings, address=address)
+            return
+        except (ConnectionError, RayError) as e:
+            if address != "auto":
+                raise DistmtlError(
+                    f"no Ray cluster answers at RAY_ADDRESS={address}: {_last_line(e)}; unset RAY_ADDRESS to train on this machine, "
+                    "and where the cluster wants a token, export RAY_AUTH_MODE=token"
+                ) from e
+    cpus = max(os.cpu_count() or 1, config.cluster.workers * config.cluster.cpus_per_worker)
+    ray.init(**settings, address="local", num_cpus=cpus)
 
 
 def scaling(config: Config) -> ScalingConfig:
@@ -140,11 +198,23 @@ def following(log: Path, report: Report) -> Iterator[None]:
         thread.join()
 
 
-def _reason(error: TrainingFailedError, config: Config) -> str:
+def _refuse_fleeting_directory(config: Config) -> None:
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(config.run_dir).is_absolute():
+        raise DistmtlError(
+            f"run.dir {config.run_dir} is relative, and a Ray job's working directory is a copy that goes with the job; "
+            "set run.dir to an absolute path that every node sees"
+        )
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _reason(error: TrainingFailedError | RayActorError, config: Config) -> str:
     """The workers' own words, without the tracebacks."""
     failures = getattr(error, "worker_failures", {}) or {}
-    words = [f"rank {rank}: {str(e).strip().splitlines()[-1]}" for rank, e in sorted(failures.items()) if str(e).strip()]
-    text = "; ".join(words[:4]) or (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    words = [f"rank {rank}: {_last_line(e)}" for rank, e in sorted(failures.items()) if str(e).strip()]
+    text = "; ".join(words[:4]) or _last_line(error)
     return (
         f"training failed after {config.cluster.max_failures} restart(s): {text}\n"
         f"the newest checkpoint stays in {config.run_dir}; the same command continues from it. "

@@ -79,8 +79,9 @@ class Reader:
                     if tables
                     else self.collate.padding(padded, step)
                 )
-            except (DistmtlError, pa.ArrowException, OSError) as e:
-                yield self.collate.padding(self._padded_rows(order, within), step, error=f"data set {self.dataset.path}: {e}")
+            except Exception as e:  # whatever it is, the other ranks must hear of it in this step, or they would wait for ever
+                what = str(e) if isinstance(e, DistmtlError) else f"{type(e).__name__}: {e}"
+                yield self.collate.padding(self._padded_rows(order, within), step, error=f"data set {self.dataset.path}: {what}")
                 return
 
     def _order(self, epoch: int) -> EpochOrder:

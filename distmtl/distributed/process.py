@@ -70,6 +70,7 @@ def quieten() -> None:
     logging.getLogger().setLevel(logging.WARNING)
     for name in ("torchrec", "torch.fx", "torch.fx._symbolic_trace", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"torch(rec)?(\.|$)|fbgemm_gpu|tensordict")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +17,9 @@ from torchrec import EmbeddingBagCollection
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, Proposer, ShardingOption
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
@@ -25,6 +28,7 @@ from distmtl.distributed.process import Process
 from distmtl.errors import DistmtlError
 
 INIT_ROWS = 65_536  # rows initialised from one seed
+SEARCH = 150_000  # shards that one proposer may weigh, at 20 to 50 µs each
 
 
 class Sharder(EmbeddingBagCollectionSharder):
@@ -100,6 +104,84 @@ def constraints(config: Config, local_world_size: int, world_size: int) -> dict[
     return out
 
 
+class Enumerator(EmbeddingEnumerator):
+    """TorchRec's, in an order that does not depend on the process's hash seed: equally good plans are decided by order."""
+
+    def enumerate(self, module: nn.Module, sharders: list[Any]) -> list[ShardingOption]:
+        options = super().enumerate(module, sharders)
+        order = {fqn: i for i, fqn in enumerate(dict.fromkeys(o.fqn for o in options))}
+        return sorted(options, key=lambda o: (order[o.fqn], o.sharding_type))
+
+
+class StridedProposer(Proposer):
+    """TorchRec's greedy search in at most `proposals` strides, ending with the plan of the smallest shards.
+
+    Every table starts with its fastest option; then, largest shard first, tables go on to their next one. TorchRec proposes
+    each single step and pays for tables × ranks every time: minutes for 300 tables on 128 ranks.
+    """
+
+    def __init__(self, proposals: int):
+        self.proposals = proposals
+        self.pending: list[list[ShardingOption]] = []
+
+    def load(self, search_space: list[ShardingOption], enumerator: Any = None) -> None:
+        tables: dict[str, list[ShardingOption]] = {}
+        for option in search_space:
+            tables.setdefault(option.fqn, []).append(option)
+        for options in tables.values():
+            options.sort(key=lambda o: max(s.perf.total for s in o.shards))
+        steps = sorted(
+            ((_largest_shard(o), fqn, i + 1) for fqn, options in tables.items() for i, o in enumerate(options[:-1])),
+            key=lambda step: (-step[0], step[2]),
+        )
+        stride = max(-(-len(steps) // max(self.proposals - 2, 1)), 1)
+        chosen = dict.fromkeys(tables, 0)
+        self.pending = [[options[0] for options in tables.values()]]
+        for first in range(0, len(steps), stride):
+            for _, fqn, i in steps[first : first + stride]:
+                chosen[fqn] = max(chosen[fqn], i)
+            self.pending.append([options[chosen[fqn]] for fqn, options in tables.items()])
+        self.pending.append([min(options, key=_largest_shard) for options in tables.values()])
+        if self.proposals == 1:
+            del self.pending[:-1]
+
+    def propose(self) -> list[ShardingOption] | None:
+        return self.pending[0] if self.pending else None
+
+    def feedback(self, partitionable: bool, plan: Any = None, perf_rating: float | None = None, storage_constraint: Any = None) -> None:
+        del self.pending[0]
+
+
+def _largest_shard(option: ShardingOption) -> int:
+    return max(s.storage.hbm + s.storage.ddr for s in option.shards)
+
+
+def make_planner(
+    config: Config, topology: Topology, allowed: dict[str, ParameterConstraints], **arguments: Any
+) -> EmbeddingShardingPlanner:
+    """The planner that training and `distmtl plan` share: TorchRec's own search where it ends in seconds, else a coarser one."""
+    batch_size = max(config.train.global_batch_size // topology.world_size, 1)
+    shards, options = len(allowed) * topology.world_size, sum(len(c.sharding_types) for c in allowed.values())
+    proposers: list[Proposer]
+    if shards * (options - len(allowed) + 1) <= SEARCH:
+        proposers = [
+            GridSearchProposer(max_proposals=SEARCH // shards),
+            GreedyProposer(),
+            GreedyProposer(use_depth=False),
+            UniformProposer(),
+            StridedProposer(1),
+        ]
+    else:
+        proposers = [StridedProposer(max(SEARCH // shards, 6))]
+    return EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        enumerator=Enumerator(topology=topology, batch_size=batch_size, constraints=allowed),
+        constraints=allowed,
+        **{"proposer": proposers, "stats": [], **arguments},
+    )
+
+
 def make_plan(model: nn.Module, config: Config, process: Process) -> ShardingPlan:
     """Rank 0's planner decides for all.
 
@@ -107,12 +189,9 @@ def make_plan(model: nn.Module, config: Config, process: Process) -> ShardingPla
         DistmtlError: the tables do not fit, or no allowed sharding type is possible.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
-    topology = Topology(world_size=process.world_size, local_world_size=local, compute_device=process.device.type)
-    planner = EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=max(config.train.global_batch_size // process.world_size, 1),
-        constraints=constraints(config, local, process.world_size),
-    )
+    memory = torch.cuda.get_device_properties(process.device).total_memory if process.device.type == "cuda" else None
+    topology = Topology(world_size=process.world_size, local_world_size=local, compute_device=process.device.type, hbm_cap=memory)
+    planner = make_planner(config, topology, constraints(config, local, process.world_size))
     try:
         return planner.collective_plan(model, [Sharder()], dist.group.WORLD)
     except PlannerError as e:
@@ -141,33 +220,50 @@ def shard(model: nn.Module, config: Config, process: Process) -> tuple[Distribut
 
 
 def describe(plan: ShardingPlan, config: Config) -> Iterator[PlannedTable]:
-    state = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 0, "adam": 2}
     shapes = {f.table_name: (f.rows, f.dim) for f in config.embedded}
     for module in plan.plan.values():
         for name, parameter in module.items():
             rows, dim = shapes[name]
             shards = tuple((s.placement.rank(), *s.shard_sizes) for s in parameter.sharding_spec.shards)
-            kind = config.table_optimizer(name).kind
-            numbers = rows * dim * (1 + state[kind]) + (rows if kind == "rowwise_adagrad" else 0)
-            yield PlannedTable(name, rows, dim, parameter.sharding_type, kind, shards, round(numbers * 4 / 2**20, 6))
+            mb = (4 * rows * dim + optimizer_bytes(config, name, rows, dim)) / 2**20
+            yield PlannedTable(name, rows, dim, parameter.sharding_type, config.table_optimizer(name).kind, shards, round(mb, 6))
+
+
+def optimizer_bytes(config: Config, table: str, rows: int, columns: int) -> int:
+    """State that a table's optimizer keeps for a shard."""
+    numbers = {"sgd": 0, "adagrad": rows * columns, "rowwise_adagrad": rows, "adam": 2 * rows * columns}
+    return 4 * numbers[config.table_optimizer(table).kind]
 
 
 def plan_text(planned: list[PlannedTable], world_size: int) -> str:
-    """The plan as a table, largest first, and what every rank holds."""
-    head = ["table", "rows", "dim", "sharding", "optimizer", "MB", *(f"rank {r}" for r in range(world_size))]
+    """The plan as a table, largest first, and what every rank holds; of many ranks, how many hold a part, the least, median and most."""
+    every = world_size <= 8
+    head = ["table", "rows", "dim", "sharding", "optimizer", "MB"]
+    head += [f"rank {r}" for r in range(world_size)] if every else ["ranks", "min", "median", "max"]
     lines, held = [], [0.0] * world_size
+
+    def spread(mb: list[float]) -> list[str]:
+        if every:
+            return [f"{m:,.2f}" if m else "-" for m in mb]
+        some = [m for m in mb if m] or [0.0]
+        return [str(len(some)), f"{min(some):,.2f}", f"{statistics.median(some):,.2f}", f"{max(some):,.2f}"]
+
     for t in sorted(planned, key=lambda t: -t.mb):
         share = [0.0] * world_size
         for rank, rows, columns in t.shards:
             share[rank] += t.mb * rows * columns / (t.rows * t.dim)
         held = [a + b for a, b in zip(held, share, strict=True)]
-        lines.append([t.table, f"{t.rows:,}", str(t.dim), t.kind, t.optimizer, f"{t.mb:,.2f}", *(f"{s:,.2f}" if s else "-" for s in share)])
-    lines.append(["all", "", "", "", "", f"{sum(held):,.2f}", *(f"{h:,.2f}" for h in held)])
+        lines.append([t.table, f"{t.rows:,}", str(t.dim), t.kind, t.optimizer, f"{t.mb:,.2f}", *spread(share)])
+    lines.append(["all", "", "", "", "", f"{sum(held):,.2f}", *spread(held)])
+    return aligned(head, lines, words=(0, 3, 4))
+
+
+def aligned(head: list[str], lines: list[list[str]], words: tuple[int, ...] = (0,)) -> str:
+    """Lines of text aligned under `head`: words to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
-    left = (0, 3, 4)  # columns of words
 
     def render(row: list[str]) -> str:
-        return "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        return "  ".join(c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
 
     return "\n".join(map(render, [head, *lines]))
 

@@ -52,15 +52,17 @@ def sharing_network(config: Config, width: int) -> Any:
         case PLEConfig():
             return PLE(width, tasks, model.num_levels, model.shared_experts, model.task_experts, model.expert, model.dropout)
         case PluginHeadConfig():
-            return _plugin(model)(width=width, num_tasks=tasks, **model.args)
+            return _plugin(model, width, tasks)
 
 
-def _plugin(model: PluginHeadConfig) -> Any:
+def _plugin(model: PluginHeadConfig, width: int, tasks: int) -> Any:
     module, _, name = model.target.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise DistmtlError(f"model.target {model.target!r} cannot be imported: {e}") from None
+        network = getattr(importlib.import_module(module), name)(width=width, num_tasks=tasks, **model.args)
+        network.output_width  # noqa: B018  # towers are built on it
+    except Exception as e:  # the user's own code: anything can happen, and a retry would not mend it
+        raise DistmtlError(f"model.target {model.target!r} cannot be built with args {model.args}: {type(e).__name__}: {e}") from e
+    return network
 
 
 class MultiTaskModel(nn.Module):

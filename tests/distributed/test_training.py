@@ -15,9 +15,13 @@ LAYOUT = {"user": {"sharding": ["row_wise"]}, "item": {"sharding": ["table_wise"
 
 def tiny_config(data, run, *, dropout=0.0, optimizer=None, tables=LAYOUT, **train):
     return tiny.config(
-        data, run, tables=tables, optimizer=optimizer or {},
-        model={"kind": "mmoe", "num_experts": 3, "expert": [16, 8], "dropout": dropout}, train={"global_batch_size": 128, "log_every": 1, **train},
-    )  # fmt: skip
+        data,
+        run,
+        tables=tables,
+        optimizer=optimizer or {},
+        model={"kind": "mmoe", "num_experts": 3, "expert": [16, 8], "dropout": dropout},
+        train={"global_batch_size": 128, "log_every": 1, **train},
+    )
 
 
 def difference(a, b):
@@ -101,7 +105,8 @@ def test_the_schedule_reaches_tables_and_dense(tiny_data, tmp_path):
 def test_early_stopping_keeps_the_best_and_tests_with_it(tiny_data, tmp_path):
     raw = tiny.raw(
         tiny_data, tmp_path / "run", optimizer={"tables": {"kind": "adagrad", "lr": 0.5}, "dense": {"kind": "adam", "lr": 0.02}},
-        train={"global_batch_size": 128, "epochs": 9, "eval_every": 8, "keep": 1, "early_stopping": {"patience": 3}, "monitor": "click.logloss"},
+        train={"global_batch_size": 128, "epochs": 9, "eval_every": 8, "keep": 1, "monitor": "click.logloss",
+               "early_stopping": {"patience": 3}},
     )  # fmt: skip
     raw["data"]["test"] = raw["data"]["validation"]
     from distmtl.config import parse_config
@@ -170,3 +175,90 @@ def test_more_workers_than_streams(tiny_data, tmp_path):
     with pytest.raises(DistmtlError, match="3 workers, but data.num_streams is 2"):
         train_world(config, 3)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_can_start_from_another_runs_weights(tiny_data, tmp_path):
+    first = tiny_config(tiny_data, tmp_path / "first", steps=4, eval_every=4)
+    train_world(first, 2)
+    second = tiny_config(tiny_data, tmp_path / "second", steps=8, eval_every=4, save_every=4)
+    train_world(second, 2, resume=str(tmp_path / "first"))
+    assert records(second, "start")[0]["step"] == 4
+    whole = tiny_config(tiny_data, tmp_path / "whole", steps=8, eval_every=4, save_every=4)
+    train_world(whole, 2)
+    assert difference(saved_state(whole, 8), saved_state(second, 8)) == 0.0
+    with pytest.raises(DistmtlError, match="already holds a run"):
+        train_world(second, 2, resume="never")
+
+
+def test_a_checkpoint_loads_at_another_world_size_and_plan(tiny_data, tmp_path):
+    """Weights and optimizer state bit-equal at the moment of loading; 2 workers row-wise to 3 table-wise and back to 1."""
+    adagrad = {"tables": {"kind": "adagrad", "lr": 0.1}}
+    kw = {"eval_every": 4, "save_every": 4, "optimizer": adagrad}
+    layouts = [("row_wise", 2, 4), ("table_wise", 3, 8), ("column_wise", 1, 12), ("row_wise", 4, 16)]
+    before = None
+    for sharding, world_size, steps in layouts:
+        tables = {t: {"sharding": [sharding]} for t in ("user", "item", "tags")}
+        config = tiny_config(tiny_data, tmp_path / "run", tables=tables, steps=steps, keep=9, **kw)
+        loaded = run_world(state_after_loading, world_size, config)[0]
+        if before is not None:
+            assert difference(before, loaded) == 0.0
+        train_world(config, world_size)
+        before = saved_state(config, steps)
+
+
+def state_after_loading(config):
+    """What a resumed run begins with: saved again at once, under another step's name."""
+    from dataclasses import replace
+    from pathlib import Path
+
+    from distmtl import checkpoint
+    from distmtl.distributed.process import process_group
+    from distmtl.loop import Training, open_splits
+    from distmtl.progress import Progress
+
+    with process_group(config) as process:
+        training = Training(config, process, open_splits(config), Progress(None, False, print))
+        found, _ = checkpoint.newest(Path(config.run_dir) / "checkpoints")
+        if found is None:
+            return None
+        checkpoint.load(found, training.model, training.optimizers)
+        folder = Path(config.run_dir + "-again") / "checkpoints"
+        checkpoint.save(folder, training.model, training.optimizers, {"step": found.step})
+        import torch.distributed as dist
+
+        dist.barrier()
+        again = config.model_copy(update={"run": config.run.model_copy(update={"dir": config.run_dir + "-again"})})
+        assert replace(found, path=folder / found.path.name).path.exists()
+        return saved_state(again, found.step) if process.first else None
+
+
+def test_profile_writes_a_trace(tiny_data, tmp_path):
+    train_world(tiny_config(tiny_data, tmp_path / "run", steps=6, profile={"first_step": 2, "steps": 2}), 2)
+    traces = list((tmp_path / "run" / "profile").glob("*.json*"))
+    assert len(traces) == 1 and "split_embedding" in traces[0].read_text()
+
+
+def clipped(config):
+    """The dense gradient that a step used, and what clipping the pooled gradient by torch gives."""
+    from distmtl.distributed.process import process_group
+    from distmtl.loop import Training, open_splits
+    from distmtl.progress import Progress
+
+    out = {}
+    with process_group(config) as process:
+        for norm in (None, 0.01):
+            changed = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"clip_norm": norm})})
+            training = Training(changed, process, open_splits(changed), Progress(None, False, print))
+            training.pipeline.progress(training.reader.batches(0, 1))
+            out[norm] = [p.grad.clone() for p in training.optimizers.parameters.values()]
+    return out
+
+
+def test_clipping_is_by_the_norm_of_the_pooled_dense_gradient(tiny_data, tmp_path):
+    for out in run_world(clipped, 2, tiny_config(tiny_data, tmp_path)):
+        parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in out[None]]
+        for p, g in zip(parameters, out[None], strict=True):
+            p.grad = g
+        assert torch.nn.utils.clip_grad_norm_(parameters, 0.01) > 0.01
+        for p, g in zip(parameters, out[0.01], strict=True):
+            torch.testing.assert_close(p.grad, g)

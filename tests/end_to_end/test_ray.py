@@ -76,7 +76,7 @@ def test_bad_data_in_mid_run_ends_the_job_once(tiny_data, tmp_path):
     pq.write_table(table, tmp_path / "train" / "a.parquet", row_group_size=6000, write_statistics=False)
     raw = tiny.raw(tiny_data, tmp_path / "run", data={"train": str(tmp_path / "train")}, train={"global_batch_size": 64, "epochs": 2})
     process = start("train", write_config(tmp_path, raw), "--workers", 2)
-    out, err = process.communicate(timeout=180)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 1
     assert err.count("\n") == 1 and "Traceback" not in err
     assert "feature 'user': id 100000" in err and "a.parquet, row 5900" in err and "raise rows" in err

@@ -1,0 +1,288 @@
+"""The parity gate: train the same few steps in several ways and compare. Run it on your own config before a big run.
+
+Everything is computed on this machine's CPU by forked ranks, on the first rows of the config's own training data, dropout off.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from distmtl import checkpoint
+from distmtl.batch import Batch
+from distmtl.config import Config, IdFeature, TableConfig, parse_config
+from distmtl.distributed.process import process_group, quieten
+from distmtl.distributed.ranks import run_ranks
+from distmtl.distributed.sharding import local_shards
+from distmtl.evaluation import evaluate
+from distmtl.loop import Training, open_splits, train
+from distmtl.model.embeddings import FeatureVector
+from distmtl.model.loss import task_losses
+from distmtl.model.multitask import Head
+from distmtl.optim import dense_optimizer
+from distmtl.progress import Progress
+
+STEPS = 6
+MAX_TABLE_ROWS = 100_000  # larger tables are shrunk, their ids hashed into them
+MAX_BATCH = 2048
+LOSS_TOLERANCE = 1e-5
+METRIC_TOLERANCE = 1e-6
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: what differed most, and by how much it may."""
+
+    name: str
+    compared: str
+    difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.tolerance  # NaN does not pass
+
+
+def verify(config: Config, workers: int = 2, say: Callable[[str], None] = print) -> list[Check]:
+    """Run every check that applies to the config; says what it does, and what it changed in the config to do it.
+
+    Raises:
+        DistmtlError: the config or its data are unsound.
+    """
+    quieten()
+    torch.set_num_threads(1)  # forked ranks inherit no thread pool
+    with tempfile.TemporaryDirectory() as folder:
+        small, changes = shrink(config, folder)
+        for change in changes:
+            say(f"for this check {change}")
+        checks = []
+        for check in _checks(small, workers, Path(folder)):
+            say(
+                f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.compared} differ by {check.difference:.1e} (allowed {check.tolerance:.0e})"
+            )
+            checks.append(check)
+        return checks
+
+
+def shrink(config: Config, folder: str) -> tuple[Config, list[str]]:
+    """The config as it is verified, and in words what was changed."""
+    changes, features = [], []
+    for feature in config.features:
+        if isinstance(feature, IdFeature) and feature.rows > MAX_TABLE_ROWS:
+            changes.append(
+                f"table {feature.table_name!r} has {MAX_TABLE_ROWS:,} rows instead of {feature.rows:,}, and ids are hashed into it"
+            )
+            feature = feature.model_copy(update={"rows": MAX_TABLE_ROWS, "out_of_range": "hash"})
+        features.append(feature)
+    batch, streams = config.train.global_batch_size, config.data.num_streams
+    if batch > MAX_BATCH:
+        batch = max(MAX_BATCH // streams, 1) * streams
+        changes.append(f"the global batch has {batch} rows instead of {config.train.global_batch_size}")
+    if getattr(config.model, "dropout", 0.0):
+        changes.append("dropout is off")
+    raw = config.model_dump(mode="json")
+    raw["features"] = [f.model_dump(mode="json") for f in features]
+    raw["model"] |= {"dropout": 0.0} if "dropout" in raw["model"] else {}
+    raw["optimizer"]["schedule"] = {"warmup_steps": 0, "decay": "none"}
+    raw["train"] |= {
+        "global_batch_size": batch,
+        "steps": STEPS,
+        "eval_every": STEPS,
+        "save_every": STEPS,
+        "log_every": 1,
+        "early_stopping": None,
+        "keep": 9,
+    }
+    raw["data"] |= {"validation": config.data.validation or config.data.test, "test": None}
+    raw["cluster"] |= {"device": "cpu", "workers": 1}
+    raw["run"]["dir"] = folder
+    return parse_config(raw), list(dict.fromkeys(changes))
+
+
+def _checks(config: Config, workers: int, folder: Path) -> Iterator[Check]:
+    one = run_ranks(short_run, 1, config)
+    yield Check(
+        "unsharded = sharded",
+        "losses of plain PyTorch and of TorchRec on 1 worker",
+        _apart(unsharded_losses(config, one), one[0].losses),
+        LOSS_TOLERANCE,
+    )
+    many = run_ranks(short_run, workers, config)
+    yield Check(f"1 = {workers} workers", "losses", _apart(one[0].losses, many[0].losses), LOSS_TOLERANCE)
+    yield Check(
+        f"{workers} workers agree", "dense gradients of the last step", max(_apart(many[0].gradients, r.gradients) for r in many), 0.0
+    )
+    for sharding in allowed_types(config, workers):
+        forced = config.model_copy(update={"tables": {t: _table(config, t, sharding) for t in {f.table_name for f in config.embedded}}})
+        ranks = run_ranks(short_run, workers, forced)
+        yield Check(f"{sharding} on {workers} workers", "losses, to 1 worker's", _apart(one[0].losses, ranks[0].losses), LOSS_TOLERANCE)
+
+    whole, parts = (_in(config, folder / name) for name in ("whole", "parts"))
+    first = parts.model_copy(
+        update={"train": parts.train.model_copy(update={"steps": STEPS // 2, "eval_every": STEPS // 2, "save_every": STEPS // 2})}
+    )
+    result = run_ranks(_train, workers, whole)[0]
+    run_ranks(_train, workers, first)
+    half = run_ranks(loaded_state, workers, parts)[0]
+    yield Check(
+        f"resharded, {workers} workers to 1",
+        "weights and optimizer state on loading",
+        _states(half, run_ranks(loaded_state, 1, parts)[0]),
+        0.0,
+    )
+    run_ranks(_train, workers, parts)
+    states = [run_ranks(loaded_state, workers, c)[0] for c in (whole, parts)]
+    yield Check("uninterrupted = resumed", "weights and optimizer state at the end", _states(*states), 0.0)
+    if config.data.validation:
+        again = run_ranks(_evaluate, 1, whole)[0]
+        pairs = [
+            (a, again["validation"][t][m])
+            for t, values in result["metrics"]["validation"].items()
+            for m, a in values.items()
+            if a is not None
+        ]
+        yield Check("train's metrics = evaluate's", "metrics of the checkpoint", max(abs(a - b) for a, b in pairs), METRIC_TOLERANCE)
+
+
+def allowed_types(config: Config, workers: int) -> list[str]:
+    """Sharding types that are right on one host for every table's optimizer."""
+    rowwise = any(config.table_optimizer(f.table_name).kind == "rowwise_adagrad" for f in config.embedded)
+    return ["table_wise", "row_wise"] + ([] if rowwise or workers < 2 else ["column_wise"])
+
+
+@dataclass(frozen=True)
+class ShortRun:
+    """What a rank saw in STEPS steps."""
+
+    losses: Tensor  # (STEPS, T)
+    batches: list[Batch]
+    before: State  # all parameters, whole, before the first step
+    after: State
+    gradients: Tensor  # flat dense gradient of the last step
+    sharding: dict[str, str]  # table → sharding type
+
+
+def short_run(config: Config, steps: int = STEPS) -> ShortRun:
+    """The first steps on this rank, nothing written."""
+    with process_group(config) as process:
+        training = Training(config, process, open_splits(config), Progress(None, False, print))
+        before = _whole(training.model.state_dict())
+        batches = list(training.reader.batches(0, steps))
+        training.model.train()
+        source = iter(batches)
+        losses = torch.stack([training.pipeline.progress(source).losses for _ in range(len(batches))])
+        sharding = {t.table: t.kind for t in training.planned}
+        return ShortRun(losses, batches, before, _whole(training.model.state_dict()), training.optimizers.gradients.clone(), sharding)
+
+
+def unsharded_losses(config: Config, ranks: list[ShortRun]) -> Tensor:
+    """(steps, T) losses of the same steps in one process without TorchRec: F.embedding_bag and optimizers written out."""
+    return unsharded_run(config, ranks)[0]
+
+
+def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, State]:
+    """The losses, and all parameters afterwards."""
+    weights = {n: v.clone() for n, v in ranks[0].before.items()}
+    tables = {f.table_name: weights[f"model.embeddings.embedding_bags.{f.table_name}.weight"].requires_grad_() for f in config.embedded}
+    head = Head(config, FeatureVector(config).width)
+    head.load_state_dict({n.removeprefix("model.head."): v for n, v in weights.items() if n.startswith("model.head.")})
+    dense = dense_optimizer(config.optimizer, list(head.parameters()))
+    momentum = {name: torch.zeros_like(table) for name, table in tables.items()}
+    losses = []
+    for step in range(len(ranks[0].batches)):
+        sums = totals = torch.zeros(len(config.tasks))
+        for rank in ranks:
+            batch = rank.batches[step]
+            parts = [
+                F.embedding_bag(batch.sparse[f.name].values(), tables[f.table_name], batch.sparse[f.name].offsets()[:-1], mode=f.pooling)
+                for f in config.embedded
+            ]
+            logits = head(torch.cat([*parts, batch.dense], dim=1))
+            sums = sums + (task_losses(logits, batch.labels, config.tasks) * batch.weights).sum(0)
+            totals = totals + batch.weights.sum(0)
+        means = torch.where(totals > 0, sums / totals.clamp(min=1e-30), 0.0)
+        losses.append(means.detach().double())
+        head.zero_grad()
+        for table in tables.values():
+            table.grad = None
+        (means * torch.tensor([t.weight for t in config.tasks])).sum().backward()
+        if config.optimizer.clip_norm:
+            torch.nn.utils.clip_grad_norm_(head.parameters(), config.optimizer.clip_norm)
+        dense.step()
+        for name, table in tables.items():
+            _step_table(config.table_optimizer(name), table, momentum[name])
+    return torch.stack(losses), {n: w.detach() for n, w in weights.items()} | {f"model.head.{n}": v for n, v in head.state_dict().items()}
+
+
+def _step_table(optimizer: Any, table: Tensor, momentum: Tensor) -> None:
+    """One step of FBGEMM's SGD, Adagrad or row-wise Adagrad (Gupta et al. 2014: one momentum per row), written out."""
+    with torch.no_grad():
+        g = table.grad
+        assert g is not None
+        if optimizer.kind == "sgd":
+            table -= optimizer.lr * g
+            return
+        momentum += g.square() if optimizer.kind == "adagrad" else g.square().mean(1, keepdim=True)
+        table -= optimizer.lr * g / (momentum.sqrt() + optimizer.eps)
+
+
+def loaded_state(config: Config) -> State:
+    """What a run that continues from the newest checkpoint begins with: weights and optimizer state, whole."""
+    with process_group(config) as process:
+        training = Training(config, process, open_splits(config), Progress(None, False, print))
+        found, _ = checkpoint.newest(Path(config.run_dir) / "checkpoints")
+        assert found is not None
+        checkpoint.load(found, training.model, training.optimizers)
+        fused = training.optimizers.fused.state_dict()["state"]
+        state = _whole(training.model.state_dict()) | _whole({f"{n}/{k}": v for n, values in fused.items() for k, v in values.items()})
+        return state | {f"{n}/{k}": v for n, values in training.optimizers.dense_state().items() for k, v in values.items()}
+
+
+def _whole(state: dict[str, Any]) -> State:
+    """A state dict with its sharded tensors put together from all ranks."""
+    mine = [(name, tuple(value.size()), None, None) for name, value in state.items() if hasattr(value, "local_shards")]
+    shards = [(name, None, tensor.clone(), offsets) for name, tensor, offsets in local_shards(state)]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [*mine, *shards])
+    whole = {n: v.detach().clone() for n, v in state.items() if not hasattr(v, "local_shards")}
+    for rank in everyone:
+        whole |= {name: torch.zeros(size) for name, size, tensor, _ in rank if tensor is None and name not in whole}
+    for name, _, tensor, offsets in (s for rank in everyone for s in rank if s[2] is not None):
+        whole[name][tuple(slice(o, o + n) for o, n in zip(offsets, tensor.shape, strict=False))] = tensor
+    return whole
+
+
+def _train(config: Config) -> dict[str, Any]:
+    return train(config, report=lambda record: None)
+
+
+def _evaluate(config: Config) -> dict[str, Any]:
+    return evaluate(config.run_dir, split="validation")
+
+
+def _in(config: Config, folder: Path) -> Config:
+    shutil.rmtree(folder, ignore_errors=True)
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
+
+
+def _table(config: Config, table: str, sharding: Any) -> TableConfig:
+    return config.tables.get(table, TableConfig()).model_copy(update={"sharding": (sharding,)})
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
+
+
+def _states(a: State, b: State) -> float:
+    """The largest difference; infinite where one has what the other lacks."""
+    return max(_apart(a[k], b[k]) for k in a) if a.keys() == b.keys() else float("inf")
