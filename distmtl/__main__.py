@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         return arguments.run(arguments) or 0
-    except DistmtlError as e:
+    except (DistmtlError, OSError) as e:  # an OSError is a disk or a permission: its text says which
         if getattr(arguments, "debug", False):
             raise
         print(f"distmtl {arguments.command}: {e}", file=sys.stderr)
@@ -163,6 +163,7 @@ def train(a: argparse.Namespace) -> int:
     from distmtl.stopping import stop_on_signals
 
     config = load_config(a.config, [*a.overrides, *([f"cluster.workers={a.workers}"] if a.workers is not None else [])])
+    run: Any
     if under_torchrun():
         from distmtl.loop import train as run
     else:
@@ -180,6 +181,8 @@ def train(a: argparse.Namespace) -> int:
 def evaluate(a: argparse.Namespace) -> None:
     from distmtl.evaluation import evaluate as run
 
+    if a.out and not a.out.absolute().parent.is_dir():
+        raise DistmtlError(f"--out {a.out}: its folder does not exist")
     metrics = run(a.path, a.data)
     if _first_rank():
         print_metrics(metrics)
@@ -198,6 +201,8 @@ def verify(a: argparse.Namespace) -> int:
     from distmtl.config import load_config
     from distmtl.verification import verify as run
 
+    if a.workers < 1:
+        raise DistmtlError(f"--workers {a.workers}: compare with at least 1")
     failed = [c for c in run(load_config(a.config, a.overrides), a.workers) if not c.passed]
     print(f"{len(failed)} check(s) failed" if failed else "all checks passed")
     return len(failed) > 0

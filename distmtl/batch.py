@@ -10,6 +10,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+NO_GROUP = -(2**63)  # of rows whose group is null: they count for no GAUC
+
 
 @dataclass
 class Batch(Pipelineable):
@@ -20,7 +22,7 @@ class Batch(Pipelineable):
     labels: Tensor  # (B, T) float32; 0 where unknown
     weights: Tensor  # (B, T) float32: the row's weight where the label is known, else 0
     rows: Tensor  # (B,) int64: position of the row in the data set, files in name order
-    groups: Tensor | None = None  # (B,) int64: value of the group column
+    groups: Tensor | None = None  # (B,) int64: value of the group column, NO_GROUP where null
     oracle: Tensor | None = None  # (B, T) float32: true probabilities, NaN where a task has none
     step: int = 0  # global step that trains it: 0 is the run's first
     replaced_ids: int = 0  # ids outside their table, replaced by policy

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from distmtl.errors import DistmtlError
 
@@ -38,7 +39,7 @@ class Checkpoint:
         return int(self.manifest["step"])
 
 
-def save(folder: Path, model: nn.Module, optimizers: Any, manifest: dict[str, Any]) -> Checkpoint:
+def save(folder: Path, model: nn.Module, optimizers: Any, manifest: dict[str, Any]) -> None:
     """Write a checkpoint of step manifest["step"]; all ranks call it. `manifest` may hold anything JSON can."""
     path = folder / f"step-{manifest['step']:09d}"
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -47,15 +48,18 @@ def save(folder: Path, model: nn.Module, optimizers: Any, manifest: dict[str, An
         path.mkdir(parents=True)
     _barrier()
     state = {**_tables(model), **_tables_optimizer(optimizers), "dense": _dense(optimizers)}
-    dcp.save(state, storage_writer=FileSystemWriter(path, single_file_per_rank=True, sync_files=False))
+    try:
+        dcp.save(state, storage_writer=FileSystemWriter(path, single_file_per_rank=True, sync_files=False))
+    except CheckpointException as e:  # every rank hears of it
+        causes = {str(failure[0]) for failure in e.failures.values()}
+        raise DistmtlError(f"checkpoint {path} could not be written: {'; '.join(sorted(causes))}") from e
     _barrier()
-    manifest = {"format": FORMAT, **manifest, "files": {f.name: f.stat().st_size for f in sorted(path.iterdir())}}
     if first:
+        manifest = {"format": FORMAT, **manifest, "files": {f.name: f.stat().st_size for f in sorted(path.iterdir())}}
         partial = path / (MANIFEST + ".partial")
         partial.write_text(json.dumps(manifest, indent=1))
         partial.replace(path / MANIFEST)
     _barrier()
-    return Checkpoint(path, manifest)
 
 
 def load(checkpoint: Checkpoint, model: nn.Module, optimizers: Any) -> None:
@@ -115,12 +119,15 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, passed
 
 
-def retain(folder: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one. Rank 0 calls it."""
-    complete = sorted((p for p in folder.glob("step-*") if (p / MANIFEST).exists()), reverse=True)
-    for path in complete[keep:]:
-        if best_step is None or path.name != f"step-{best_step:09d}":
-            (path / MANIFEST).unlink()  # incomplete from here on, should we be stopped half-way
+def retain(folder: Path, keep: int, best_step: int | None, step: int) -> None:
+    """After saving `step`, delete all but the newest `keep` checkpoints and the best one, and whatever is newer than `step`:
+    leftovers, damaged perhaps, of a course that was given up. Rank 0 calls it."""
+    paths = sorted(folder.glob("step-*"), reverse=True)
+    current = folder / f"step-{step:09d}"
+    kept = {*[p for p in paths if p <= current][:keep], folder / f"step-{best_step or 0:09d}"}
+    for path in paths:
+        if path not in kept:
+            (path / MANIFEST).unlink(missing_ok=True)  # incomplete from here on, should we be stopped half-way
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -57,6 +57,21 @@ class DataConfig(Strict):
 
 # ------------------------------------------------------------------------------------------------------------ features
 
+# TorchRec keeps tables in an nn.ModuleDict, whose own attributes cannot be keys; a feature of such a name reads NAME_table.
+RESERVED = frozenset(
+    (
+        "add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "clear", "compile", "cpu", "cuda", "double",
+        "dump_patches", "eval", "extra_repr", "float", "forward", "get_buffer", "get_extra_state", "get_parameter",
+        "get_submodule", "half", "ipu", "items", "keys", "load_state_dict", "modules", "mtia", "named_buffers", "named_children",
+        "named_modules", "named_parameters", "parameters", "pop", "register_backward_hook", "register_buffer",
+        "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook",
+        "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook", "register_module", "register_parameter",
+        "register_state_dict_post_hook", "register_state_dict_pre_hook", "requires_grad_", "set_extra_state", "set_submodule",
+        "share_memory", "state_dict", "to", "to_empty", "train", "training", "type", "update", "values", "xpu", "zero_grad",
+        "T_destination",
+    )
+)  # fmt: skip
+
 
 class Embedded(Strict):
     name: Name = Field(description="Feature name; the Parquet column too, unless `column` says otherwise.")
@@ -66,7 +81,7 @@ class Embedded(Strict):
 
     @property
     def table_name(self) -> str:
-        return self.table or self.name
+        return self.table or (f"{self.name}_table" if self.name in RESERVED else self.name)
 
     @property
     def source(self) -> str:
@@ -405,7 +420,7 @@ class ClusterConfig(Strict):
 
 class RunConfig(Strict):
     dir: str | None = Field(None, description="Run directory; default runs/<name>.")
-    seed: NonNegativeInt = Field(0, description="Seeds initial weights, order of rows and dropout.")
+    seed: NonNegativeInt = Field(0, lt=2**31, description="Seeds initial weights, order of rows and dropout.")
 
 
 # --------------------------------------------------------------------------------------------------------------- whole
@@ -471,6 +486,7 @@ def _clashes(config: Config) -> list[str]:
                 f"table {f.table_name!r}: feature {f.name!r} wants {f.rows} rows x {f.dim} columns, feature {first.name!r} wants "
                 f"{first.rows} x {first.dim}; give both the same size or different tables"
             )
+    out += [f"table {n!r}: TorchRec cannot have a table of this name; choose another" for n in sorted(RESERVED & tables.keys())]
     for t in config.tables:
         if t not in tables:
             out.append(f"tables.{t}: no feature reads a table of this name{_did_you_mean(t, tables)}")

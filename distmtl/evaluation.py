@@ -42,14 +42,14 @@ def evaluate(path: str, data: str | None = None, split: str | None = None) -> di
     if not where:
         raise DistmtlError(f"the config of {path} names no data.{name}; say which data to evaluate with --data")
     with process_group(config) as process:
-        dataset = on_first_rank(process, lambda: _checked(where, config, name))
+        dataset = on_first_rank(process, lambda: _checked(where, config, None if data else name))
         model = MultiTaskModel(config, process.device)
         sharded, planned = shard(nn.ModuleDict({"model": model}), config, process)
         checkpoint.load_weights(found, sharded, dense_parameters(sharded, planned))
         return {name: evaluate_split(model, dataset, config, process)[1]}
 
 
-def _checked(path: str, config: Config, split: str) -> Dataset:
+def _checked(path: str, config: Config, split: str | None) -> Dataset:
     dataset = open_dataset(path)
     check_dataset(dataset, config, split)
     return dataset
@@ -67,7 +67,7 @@ def evaluate_split(model: nn.Module, dataset: Dataset, config: Config, process: 
     streams = config.data.num_streams
     reader = Reader(
         dataset,
-        Collator(config, oracle=True, locate=dataset.locate),
+        Collator(config, oracle=dataset.columns, locate=dataset.locate),
         global_batch_size=max(config.evaluation.batch_size // streams, 1) * streams,
         num_streams=streams,
         window=config.data.shuffle_window,

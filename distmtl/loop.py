@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import socket
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from distmtl.config import Config
 from distmtl.data.check import check_dataset
 from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset, open_dataset
+from distmtl.data.hashing import HASH_VERSION
 from distmtl.data.reader import Reader
 from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
 from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard
@@ -31,7 +33,7 @@ from distmtl.model.loss import StepNumbers
 from distmtl.model.multitask import TrainModel, initialise_dense
 from distmtl.optim import Optimizers
 from distmtl.progress import Progress, Report, print_record
-from distmtl.run_directory import open_run, write_json
+from distmtl.run_directory import is_own, open_run, write_json
 from distmtl.stopping import asked_to_stop, forget_request, steps_between_looks
 from distmtl.versions import git_commit, versions
 
@@ -46,37 +48,40 @@ class LoopState:
     rows: int = 0
     seconds: float = 0.0  # of training, over all attempts
     skipped: int = 0
+    monitor: str = ""  # what best means
     best_step: int | None = None
     best_value: float | None = None
     evaluations_without_best: int = 0
-    stopped_early: bool = False
 
 
-def train(config: Config, resume: str = "auto", report: Report = print_record) -> dict[str, Any]:
+def train(config: Config, resume: str = "auto", report: Report = print_record, checked: bool = False) -> dict[str, Any]:
     """Train in this process, or as one rank under torchrun or Ray. Returns result.json's object.
 
     Args:
         resume: `auto`, `never`, or the path of a checkpoint to start from (run_directory.open_run).
         report: called on rank 0 with every record of progress.
+        checked: the data was checked by who calls, a moment ago; only its footers are read again.
 
     Raises:
         DistmtlError: what a retry cannot mend; on every rank.
     """
     with process_group(config) as process:
-        splits = on_first_rank(process, lambda: open_splits(config))
+        splits = on_first_rank(process, lambda: open_splits(config, checked))
         found, notes = on_first_rank(process, lambda: open_run(config, resume, splits["train"]))
         progress = Progress(Path(config.run_dir), process.first, report)
         try:
             run = Training(config, process, splits, progress)
             run.start(found, notes)
+            if complete := run.former_result():
+                return complete
             run.train()
             return run.finish()
         finally:
             progress.close()
 
 
-def open_splits(config: Config) -> dict[str, Dataset]:
-    """Open and check every data set that the config names.
+def open_splits(config: Config, checked: bool = False) -> dict[str, Dataset]:
+    """Open every data set that the config names, and check it unless it was `checked` before.
 
     Raises:
         DistmtlError: the mistakes of all of them.
@@ -86,7 +91,8 @@ def open_splits(config: Config) -> dict[str, Dataset]:
         if path := getattr(config.data, split):
             try:
                 splits[split] = open_dataset(path)
-                check_dataset(splits[split], config, split)
+                if not checked:
+                    check_dataset(splits[split], config, split)
             except DistmtlError as e:
                 mistakes.append(str(e))
     if mistakes:
@@ -100,9 +106,10 @@ class Training:
     def __init__(self, config: Config, process: Process, splits: dict[str, Dataset], progress: Progress):
         self.config, self.process, self.splits, self.progress = config, process, splits, progress
         self.folder = Path(config.run_dir)
-        self.state = LoopState()
+        self.state = LoopState(monitor=config.train.monitor)
         self.reader = _reader(config, splits["train"], process)
         self.total_steps = min(self.reader.steps_per_epoch * config.train.epochs, config.train.steps or 2**62)
+        torch.manual_seed(config.run.seed)  # for what a head of the user's draws itself
         self.train_model = TrainModel(config, process.device)
         initialise_dense(self.train_model, config.run.seed)
         self.model, self.planned = shard(self.train_model, config, process)
@@ -122,9 +129,15 @@ class Training:
 
     def start(self, found: checkpoint.Checkpoint | None, notes: list[str]) -> None:
         """Load the checkpoint, if there is one, and say what is about to happen."""
-        if found:
+        if found and is_own(found, self.config):
             checkpoint.load(found, self.model, self.optimizers)
             self.state = LoopState(**found.manifest["loop"])
+            if self.state.monitor != self.config.train.monitor:  # the best so far was another kind of best
+                self.state = replace(
+                    self.state, monitor=self.config.train.monitor, best_step=None, best_value=None, evaluations_without_best=0
+                )
+        elif found:
+            checkpoint.load_weights(found, self.model, self.optimizers.parameters)
         if self.process.first:
             self.restarts = _count_starts(self.folder)
             write_json(self.folder / "plan.json", plan_json(self.planned, self.process.world_size))
@@ -143,7 +156,7 @@ class Training:
         batches = self.meter.timed(self.reader.batches(state.step, last))
         self.model.train()
         with self._profiler() as profiler:
-            while state.step < last and not state.stopped_early and not self.stopped:
+            while state.step < last and not self.stops_early and not self.stopped:
                 self.optimizers.set_step(state.step)
                 seed_dropout(self.config.run.seed, state.step, self.process.rank)
                 numbers: StepNumbers = self.pipeline.progress(batches)
@@ -158,12 +171,34 @@ class Training:
                 if state.step % config.log_every == 0 or ending:
                     self._log()
                 evaluating = "validation" in self.splits and (state.step % eval_every == 0 or ending)
-                if evaluating:
-                    self._evaluate()
-                self.stopped = not ending and not state.stopped_early and self._asked_to_stop()
+                failure = self._evaluate() if evaluating else None
+                self.stopped = not ending and not self.stops_early and self._asked_to_stop()
                 if evaluating or ending or self.stopped or state.step % (config.save_every or eval_every) == 0:
                     self._save()
+                if failure:
+                    raise failure
         batches.close()
+
+    @property
+    def stops_early(self) -> bool:
+        stopping = self.config.train.early_stopping
+        return stopping is not None and self.state.evaluations_without_best >= stopping.patience
+
+    def former_result(self) -> dict[str, Any] | None:
+        """What the run ended with, if it is already at its end."""
+        if self.state.step < self.total_steps and not self.stops_early:
+            return None
+        file = self.folder / "result.json"
+        result = on_first_rank(self.process, lambda: json.loads(file.read_text()) if file.exists() else None)
+        if (
+            result
+            and result["steps"] == self.state.step
+            and not result["stopped"]
+            and result["metrics"].keys() >= self.splits.keys() - {"train"}
+        ):
+            self.progress.say("note", step=self.state.step, text="this run is complete: its result is in result.json")
+            return result
+        return None
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint, write result.json. A stopped run ends without: there may be little time left."""
@@ -173,6 +208,7 @@ class Training:
         elif state.best_step not in (None, state.step):
             best = on_first_rank(process, lambda: checkpoint.read(self.folder / "checkpoints" / f"step-{state.best_step:09d}"))
             checkpoint.load(best, self.model, self.optimizers)
+            self.progress.say("note", step=state.step, text=f"the best checkpoint, of step {state.best_step}, on all data:")
         metrics = {}
         step = state.best_step or state.step
         for split in SPLITS[1:]:
@@ -192,6 +228,7 @@ class Training:
             "seconds": round(state.seconds, 3),
             "samples_per_second": self.meter.steady_samples_per_second(),
             "best_step": state.best_step,
+            "skipped": state.skipped,
             "restarts": self.restarts,
             "stopped": self.stopped,
             "metrics": metrics,
@@ -254,13 +291,17 @@ class Training:
         )
         meter.start_interval()
 
-    def _evaluate(self) -> None:
-        """Measure the validation split; remember the best and count how long it has stood."""
+    def _evaluate(self) -> DistmtlError | None:
+        """Measure the validation split; remember the best and count how long it has stood. Returns why it could not, on all
+        ranks alike: what was trained is saved before that is raised."""
         state, monitor = self.state, self.config.train.monitor
-        with self.meter.paused():
-            loss, metrics = self._measure("validation")
+        try:
+            with self.meter.paused():
+                loss, metrics = self._measure("validation")
+            value = select(metrics, loss, monitor)[0]
+        except DistmtlError as e:
+            return e
         self.measured = {(state.step, "validation"): metrics}
-        value = select(metrics, loss, monitor)[0]
         best = state.best_value is None or better(value, state.best_value, monitor)
         if best:
             state.best_step, state.best_value, state.evaluations_without_best = state.step, value, 0
@@ -269,10 +310,10 @@ class Training:
         self.progress.say(
             "evaluation", step=state.step, of=self.total_steps, split="validation", loss=loss, metrics=metrics, best=best, monitored=value
         )
-        stopping = self.config.train.early_stopping
-        if stopping and state.evaluations_without_best >= stopping.patience and state.step < self.total_steps:
-            state.stopped_early = True
-            self.progress.say("note", step=state.step, text=f"early stopping: no better {monitor} for {stopping.patience} evaluations")
+        if self.stops_early and state.step < self.total_steps:
+            text = f"early stopping: no better {monitor} in {state.evaluations_without_best} evaluations"
+            self.progress.say("note", step=state.step, text=text)
+        return None
 
     def _asked_to_stop(self) -> bool:
         """Rank 0 looks about once a second and tells the others: all of them must stop at the same step."""
@@ -308,11 +349,12 @@ class Training:
                     "plan": plan_json(self.planned, self.process.world_size),
                     "config": self.config.model_dump(mode="json"),
                     "data": {"digest": self.reader.dataset.digest, "files": self.reader.dataset.manifest()},
+                    "hash_version": HASH_VERSION,
                     "versions": versions(),
                 },
             )
             if self.process.first:
-                checkpoint.retain(folder, self.config.train.keep, self.state.best_step)
+                checkpoint.retain(folder, self.config.train.keep, self.state.best_step, self.state.step)
         self.progress.say("checkpoint", step=self.state.step, seconds=round(time.monotonic() - began, 3))
 
     def _profiler(self) -> Any:
@@ -330,7 +372,9 @@ class Training:
         sizes = "  ".join(f"{split} {data.rows:,}" for split, data in self.splits.items())
         dense = sum(p.numel() for p in self.optimizers.parameters.values())
         tables = sum(t.rows * t.dim for t in self.planned)
-        begin = f"continuing from {found.path} (step {found.step})" if found else "starting afresh"
+        begin = "starting afresh"
+        if found:
+            begin = f"{'continuing' if is_own(found, config) else 'starting with the weights'} from {found.path} (step {found.step})"
         lines = [
             f"{config.name}: {config.model.kind} on {process.world_size} worker(s), {process.device.type}, run directory {self.folder}",
             f"{begin}; rows: {sizes}; {self.total_steps} steps of {config.train.global_batch_size}",

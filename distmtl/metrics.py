@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from distmtl.batch import NO_GROUP
 from distmtl.config import BinaryTask, TaskConfig
 from distmtl.errors import DistmtlError
 
@@ -197,7 +198,10 @@ def _average_precision(negative: np.ndarray, positive: np.ndarray) -> float | No
 
 
 def _gauc(rows: np.ndarray) -> float | None:
-    """Σ_g n_g·AUC_g / Σ_g n_g over the groups g with both classes."""
+    """Σ_g n_g·AUC_g / Σ_g n_g over the groups g with both classes. Rows without a group count for none."""
+    rows = rows[rows["group"] != NO_GROUP]
+    if not len(rows):
+        return None
     rows = rows[np.lexsort((rows["logit"], rows["group"]))]
     starts = _starts(rows["group"], rows["logit"])
     negative, positive = _masses(rows, starts)  # of every distinct (group, score)

@@ -27,9 +27,9 @@ from torchrec.distributed.types import CacheParams
 from distmtl.config import Config, SgdDense
 from distmtl.distributed.process import process_group, quieten
 from distmtl.distributed.sharding import (
+    BisectingProposer,
     PlannedTable,
     Sharder,
-    StridedProposer,
     aligned,
     attach_table_optimizers,
     constraints,
@@ -324,7 +324,7 @@ def smallest_world(config: Config, hardware: Hardware, tried: list[World]) -> Wo
 
     def fits(i: int) -> bool:
         if sizes[i] not in known:
-            known[sizes[i]] = plan_world(config, hardware, sizes[i], proposer=[StridedProposer(1)])
+            known[sizes[i]] = plan_world(config, hardware, sizes[i], proposer=[BisectingProposer(1)])
         return known[sizes[i]].fits
 
     first, last = 0, len(sizes)
@@ -377,7 +377,7 @@ def _with_host(config: Config, hardware: Hardware, world_size: int, tables: list
             return c
         return replace(c, compute_kernels=[kernel], cache_params=CacheParams(load_factor=factor) if factor else None)
 
-    return plan_world(config, hardware, world_size, change, proposer=[StridedProposer(8)])
+    return plan_world(config, hardware, world_size, change, proposer=[BisectingProposer(14)])
 
 
 # ------------------------------------------------------------------------------------------------------------- measure

@@ -32,8 +32,8 @@ class Progress:
     def say(self, kind: str, **values: Any) -> None:
         if self.file is None:
             return
-        record = {"kind": kind, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps(record) + "\n")
+        record = _finite({"kind": kind, "time": round(time.time(), 3), **values})
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
         for name, value in _scalars(values):
             self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
         self.report(record)
@@ -42,6 +42,15 @@ class Progress:
         if self.file is not None:
             self.file.close()
             self.board.close()
+
+
+def _finite(value: Any) -> Any:
+    """With None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(values: Record, prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -14,6 +14,7 @@ from distmtl import checkpoint
 from distmtl.checkpoint import Checkpoint
 from distmtl.config import Config, dump_config, parse_config
 from distmtl.data.dataset import Dataset
+from distmtl.data.hashing import HASH_VERSION
 from distmtl.errors import DistmtlError
 
 # What may change between the start of a run and its continuation: how it is run, not what it computes.
@@ -25,12 +26,20 @@ FREE = (
 FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a shorter one, unless the learning rate depends on it
 
 
+# What a new run may change that only starts from another one's weights: everything but what gives them their shape and meaning.
+FREE_FROM_WEIGHTS = (
+    *(f"{section}.*" for section in ("cluster", "data", "evaluation", "optimizer", "run", "sharding", "tables", "train", "weighting")),
+    "name", "model.dropout", "features.*.column", "features.*.out_of_range", "tasks.*.label", "tasks.*.weight", "tasks.*.bias",
+    "tasks.*.true_probability",
+)  # fmt: skip
+
+
 def open_run(config: Config, resume: str, train_set: Dataset) -> tuple[Checkpoint | None, list[str]]:
     """Make the run directory, or continue it. Returns the checkpoint to load, and what is worth saying about it.
 
     Args:
         resume: `auto` continues a run of the same config; `never` wants an empty directory; a path of a checkpoint or run
-            gives the weights to start from when the directory has no checkpoint of its own.
+            gives the weights that a new run starts from (`is_own` is false for it), once: a run with a checkpoint continues.
 
     Raises:
         DistmtlError: the directory is another run's (the differing fields), the data set changed, or nothing to load.
@@ -50,12 +59,13 @@ def open_run(config: Config, resume: str, train_set: Dataset) -> tuple[Checkpoin
     if begun:
         _same(config, _config_of(folder), f"run.dir {folder}")
         found, notes = checkpoint.newest(folder / "checkpoints")
+        found = found and _readable(found)
         if found and resume not in ("auto", "never") and Path(resume).resolve() not in (folder.resolve(), found.path.resolve()):
             notes = [f"run.dir {folder} holds a checkpoint of its own, which goes before --resume {resume}", *notes]
     if found is None and resume not in ("auto", "never"):
         found = find_checkpoint(resume)
-        _same(config, checkpoint_config(found), f"checkpoint {found.path}")
-    if found is not None:
+        _same(config, checkpoint_config(found), f"checkpoint {found.path}", FREE_FROM_WEIGHTS)
+    elif found is not None:
         _same_data(train_set, found)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +99,22 @@ def find_checkpoint(path: str) -> Checkpoint:
         if found is None:
             raise DistmtlError(f"run {path} has no complete checkpoint" + "".join(f"\n  {n}" for n in notes))
         best = found.manifest["loop"]["best_step"]
-        best_path = folder / "checkpoints" / f"step-{best or 0:09d}"
-        return checkpoint.read(best_path) if best is not None and best_path.exists() else found
-    return checkpoint.read(folder)
+        return _readable(found if best is None else checkpoint.read(folder / "checkpoints" / f"step-{best:09d}"))
+    return _readable(checkpoint.read(folder))
+
+
+def _readable(found: Checkpoint) -> Checkpoint:
+    version = found.manifest.get("hash_version")
+    if version != HASH_VERSION:
+        raise DistmtlError(
+            f"checkpoint {found.path} hashes strings by scheme {version}, this version by {HASH_VERSION}: rows would be mixed up"
+        )
+    return found
+
+
+def is_own(found: Checkpoint, config: Config) -> bool:
+    """Whether a checkpoint is the run's: it is continued then, not only started from."""
+    return found.path.parent.resolve() == (Path(config.run_dir) / "checkpoints").resolve()
 
 
 def checkpoint_config(found: Checkpoint) -> Config:
@@ -105,8 +128,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _same(new: Config, old: Config, where: str) -> None:
-    free = FREE + (FREE_WITHOUT_DECAY if new.optimizer.schedule.decay == "none" else ())
+def _same(new: Config, old: Config, where: str, free: tuple[str, ...] = FREE) -> None:
+    if new.optimizer.schedule.decay == "none":
+        free += FREE_WITHOUT_DECAY
     a, b = _flat(new.model_dump(mode="json")), _flat(old.model_dump(mode="json"))
     differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not any(fnmatchcase(k, f) for f in free)]
     if differing:

@@ -67,9 +67,8 @@ def verify(config: Config, workers: int = 2, say: Callable[[str], None] = print)
             say(f"for this check {change}")
         checks = []
         for check in _checks(small, workers, Path(folder)):
-            say(
-                f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.compared} differ by {check.difference:.1e} (allowed {check.tolerance:.0e})"
-            )
+            word = "ok  " if check.passed else "FAIL"
+            say(f"{word} {check.name}: {check.compared} differ by {check.difference:.1e} (allowed {check.tolerance:.0e})")
             checks.append(check)
         return checks
 

@@ -429,7 +429,7 @@ def test_every_rank_ends_with_the_same_error(midrun, case):
     assert errors[0] == errors[1] and words in errors[0][1]
     assert not list(folder.rglob("*.partial"))
     checkpoints = sorted(p.name for p in (folder / "run/checkpoints").iterdir())
-    last = {"page": 2, "validation": 6, "loss skipped too often": 12}.get(case, 4)  # step 5 fails; the page is first read in step 3
+    last = {"page": 2, "validation": 7, "loss skipped too often": 12}.get(case, 4)  # step 5 fails; the page is first read in step 3
     assert checkpoints[-1] == f"step-{last:09d}" and not (folder / "run/result.json").exists()
 
 
@@ -614,9 +614,9 @@ def test_resume_from_a_path(copied, refused):
     newest = checkpoints / "step-000000004"
 
     raw = elsewhere(copied)
-    raw["run"]["seed"] = 3
+    raw["features"][0]["rows"] += 1
     message = refused(raw, "--resume", str(newest))
-    assert message.startswith(f"checkpoint {newest} was made with another config") and "run.seed: 0 there, 3 now" in message
+    assert message.startswith(f"checkpoint {newest} was made with another config") and "features.user.rows: 200 there, 201 now" in message
 
     shard = next(newest.glob("*.distcp"))
     whole = shard.read_bytes()
@@ -642,7 +642,7 @@ def test_resume_from_a_path(copied, refused):
 
 def test_resume_from_a_path_starts_from_it(copied):
     result = go(elsewhere(copied), str(copied / "run/checkpoints/step-000000002"))
-    assert result["steps"] == 6 and [r["step"] for r in records(parse_config(elsewhere(copied)), "train")] == [3, 4, 5, 6]
+    assert result["steps"] == 6 and [r["step"] for r in records(parse_config(elsewhere(copied)), "train")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resume_auto_passes_over_damaged_checkpoints_and_says_so(copied):

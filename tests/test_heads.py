@@ -170,3 +170,27 @@ def test_an_expert_is_initialised_by_its_own_fan_in():
 def test_a_plugin_that_is_not_there():
     with pytest.raises(DistmtlError, match="test_heads:Nothing"):
         head({"kind": "plugin", "target": "test_heads:Nothing"})
+
+
+def test_a_plugin_with_state_outside_its_parameters_is_refused():
+    with pytest.raises(DistmtlError, match="running_mean"):
+        head({"kind": "plugin", "target": "test_heads:Normed"})
+
+
+class Normed(TwoLinear):
+    def __init__(self, width, num_tasks):
+        super().__init__(width, num_tasks, 4)
+        self.norm = torch.nn.BatchNorm1d(width)
+
+
+def test_reserved_table_names():
+    """Features may be called what an nn.ModuleDict may not."""
+    from distmtl.config import RESERVED
+
+    assert {a for a in dir(torch.nn.ModuleDict()) if not a.startswith("_")} <= RESERVED
+    raw = tiny.raw(Path(), Path())
+    raw["features"].append({"kind": "id", "name": "items", "rows": 9})
+    assert "items_table" in {f.table_name for f in parse_config(raw).embedded}
+    raw["features"][-1]["table"] = "items"
+    with pytest.raises(DistmtlError, match="table 'items': TorchRec cannot have"):
+        parse_config(raw)

@@ -96,6 +96,14 @@ def test_storage_is_the_arithmetic_of_the_config(optimizer, device, per_row):
     assert world.host == [0.0] * W
 
 
+def test_every_feature_of_a_shared_table_is_counted():
+    raw = config([("a", 1000, 8)]).model_dump(mode="json")
+    shared = parse_config({**raw, "features": [*raw["features"], {**raw["features"][0], "name": "again", "table": "a"}]})
+    one, two = plan_world(config([("a", 1000, 8)]), CPU, 2), plan_world(shared, CPU, 2)
+    assert sum(two.memory["buffers"]) == 2 * sum(one.memory["buffers"]) and two.memory["weights"] == one.memory["weights"]
+    assert two.step_ms > one.step_ms
+
+
 @pytest.mark.parametrize(("kind", "numbers"), [("adam", 4), ("adamw", 4), ("adagrad", 3), ("sgd", 2)])
 def test_dense_optimizer_state(kind, numbers):
     c = parse_config({**config().model_dump(mode="json"), "optimizer": {"dense": {"kind": kind}}})
@@ -116,19 +124,17 @@ def test_a_trillion_parameters_on_128_ranks_take_neither_memory_nor_a_minute():
     assert len(lines) == 34 and max(map(len, lines)) < 140 and "median" in lines[0]
 
 
-def test_many_tables_on_many_ranks_are_searched_coarsely(monkeypatch):
-    """The coarse search finds a plan where TorchRec's does, about as fast a one."""
-    tables = [(f"t{i}", 2_000_000 // (i + 1), 32) for i in range(24)]
-    small = Hardware(hbm_gb=0.12)
-    fine = plan_world(config(tables), small, 8)
-    proposals = []
-    proposer = sharding.StridedProposer
-    monkeypatch.setattr(sharding, "StridedProposer", lambda n: proposals.append(n) or proposer(n))
-    monkeypatch.setattr(sharding, "SEARCH", 24 * 8 * 8)
-    coarse = plan_world(config(tables), small, 8)
-    assert proposals == [8] and fine.fits and coarse.fits
-    assert {t.kind for t in coarse.planned} == {"table_wise", "row_wise"}
-    assert coarse.step_ms <= 1.3 * fine.step_ms
+@pytest.mark.parametrize("hbm_gb", [0.155, 0.3, 1.0])
+def test_bisection_finds_what_the_full_search_finds(monkeypatch, hbm_gb):
+    c = config([(f"t{i}", 2_000_000 // (i + 1), 32) for i in range(24)])
+    fine = plan_world(c, Hardware(hbm_gb=hbm_gb), 8)
+    proposals, proposer = [], sharding.BisectingProposer
+    monkeypatch.setattr(sharding, "BisectingProposer", lambda n: proposals.append(n) or proposer(n))
+    monkeypatch.setattr(sharding, "SEARCH", 1000)
+    coarse = plan_world(c, Hardware(hbm_gb=hbm_gb), 8)
+    assert proposals == [14], "the search was small enough for TorchRec's own"
+    assert fine.fits and coarse.step_ms <= 1.01 * fine.step_ms
+    assert {t.table: t.kind for t in coarse.planned} == {t.table: t.kind for t in fine.planned}
 
 
 def test_smallest_world_is_the_first_that_fits():

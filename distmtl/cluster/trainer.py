@@ -41,11 +41,15 @@ def train_on_ray(config: Config, resume: str = "auto", report: Report = print_re
         DistmtlError: what a retry cannot mend, or more failures than cluster.max_failures.
     """
     from distmtl.loop import open_splits
+    from distmtl.model.embeddings import FeatureVector
+    from distmtl.model.multitask import Head
     from distmtl.run_directory import open_run
 
     _refuse_fleeting_directory(config)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(Path(config.run_dir).resolve())})})
     open_run(config, resume, open_splits(config)["train"])
+    if config.model.kind == "plugin":  # the user's own code: better it fails here
+        Head(config, FeatureVector(config).width)
     report({"kind": "note", "text": f"data and config are sound; starting {config.cluster.workers} Ray Train worker(s) …"})
     set_hang_timeout(config.cluster)
     with session(config), following(Path(config.run_dir) / "metrics.jsonl", report):
@@ -111,7 +115,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     from distmtl.loop import train
 
     try:
-        return {"result": train(parse_config(settings["config"]), settings["resume"], report=lambda record: None)}
+        return {"result": train(parse_config(settings["config"]), settings["resume"], report=lambda record: None, checked=True)}
     except DistmtlError as e:
         return {"error": str(e)}
 

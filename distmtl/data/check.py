@@ -22,13 +22,18 @@ SAMPLE_ROWS = 4096
 SAMPLE_PARTS = 4
 
 
-def check_dataset(dataset: Dataset, config: Config, split: str) -> None:
+def check_dataset(dataset: Dataset, config: Config, split: str | None) -> None:
     """Compare a data set with the config.
+
+    Args:
+        split: train, validation or test; None is data that the config does not know, which may lack true probabilities.
 
     Raises:
         DistmtlError: every mistake, by file, column and value.
     """
-    collator = Collator(config, oracle=split != "train", locate=dataset.locate)
+    named = [t.true_probability for t in config.tasks if isinstance(t, BinaryTask) and t.true_probability]
+    oracle = [] if split == "train" else [c for c in named if split or c in dataset.columns]
+    collator = Collator(config, oracle=oracle, locate=dataset.locate)
     mistakes: dict[str, None] = {}
     unknown = {t.column for t in config.tasks}  # labels without a known value so far
     kinds: dict[str, tuple[pa.DataType, str]] = {}  # every column's type so far, and a file that has it
@@ -43,7 +48,7 @@ def check_dataset(dataset: Dataset, config: Config, split: str) -> None:
         except (pa.ArrowException, OSError) as e:
             found = [f"{part.path} cannot be read: {str(e).splitlines()[0]}"]
         mistakes.update(dict.fromkeys(found))
-    if not mistakes:
+    if not mistakes and split == "train":
         for task in config.tasks:
             if task.column in unknown:
                 mistakes[f"label {task.column!r}: all {dataset.rows} rows are null; task {task.name!r} would have nothing to learn"] = None
@@ -51,7 +56,9 @@ def check_dataset(dataset: Dataset, config: Config, split: str) -> None:
         lines = list(mistakes)
         more = f"\n  … and {len(lines) - 20} more" if len(lines) > 20 else ""
         count = f"{len(lines)} mistake{'s' * (len(lines) > 1)}"
-        raise DistmtlError(f"data.{split} {dataset.path}: {count}\n" + "\n".join(f"  - {m}" for m in lines[:20]) + more)
+        raise DistmtlError(
+            f"{f'data.{split}' if split else 'data'} {dataset.path}: {count}\n" + "\n".join(f"  - {m}" for m in lines[:20]) + more
+        )
 
 
 def _schema_mistakes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from distmtl.batch import Batch
+from distmtl.batch import NO_GROUP, Batch
 from distmtl.config import BinaryTask, BucketFeature, Config, IdFeature, NumericFeature, VectorFeature
 from distmtl.data.hashing import hash_strings, into_table
 from distmtl.errors import DistmtlError
@@ -24,15 +24,16 @@ class Collator:
 
     Args:
         config: features, tasks, weight and group columns.
-        oracle: also read the tasks' true probabilities.
+        oracle: columns of true probabilities that may be read; tasks whose column is not among them have none.
         locate: row number → where that row is, for error messages.
     """
 
-    def __init__(self, config: Config, *, oracle: bool = False, locate: Callable[[int], str] = "row {}".format):
+    def __init__(self, config: Config, *, oracle: Collection[str] = (), locate: Callable[[int], str] = "row {}".format):
         self.config, self.locate = config, locate
         self.keys = [f.name for f in config.embedded]
         self.dense_width = sum(f.width for f in config.dense)
-        self.oracles = [t.true_probability if isinstance(t, BinaryTask) else None for t in config.tasks] if oracle else []
+        known = (t.true_probability if isinstance(t, BinaryTask) else None for t in config.tasks)
+        self.oracles = [c if c in oracle else None for c in known]
         if not any(self.oracles):
             self.oracles = []
         extra = [config.data.group, config.data.weight, *self.oracles]
@@ -131,7 +132,8 @@ class Collator:
         if is_string(column.type):
             out[:n] = hash_strings(column.fill_null(""))
         else:
-            out[:n] = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy(zero_copy_only=False)
+            out[:n] = column.cast(pa.int64(), safe=False).fill_null(0).to_numpy(zero_copy_only=False)
+        out[:n][column.is_null().to_numpy(zero_copy_only=False)] = NO_GROUP
         return torch.from_numpy(out)
 
     def _oracle(self, columns: dict[str, pa.Array], rows: int, n: int) -> torch.Tensor | None:

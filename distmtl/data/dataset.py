@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +17,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from distmtl.errors import DistmtlError
+
+FOOTER_THREADS = 16  # footers read at once: on remote storage each is a round trip
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Dataset:
     path: str
     root: str
     parts: tuple[ParquetPart, ...]
+    columns: tuple[str, ...]  # of the first file
 
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
@@ -92,29 +99,40 @@ def open_dataset(path: str) -> Dataset:
         DistmtlError: nothing there, no rows, or files that are not (whole) Parquet files, all of them named.
     """
     filesystem, inner = filesystem_of(path)
-    root, names = _list(filesystem, inner, path)
-    parts, broken = [], []
-    for name, size in names:
-        try:
-            meta = pq.read_metadata(name, filesystem=filesystem)
-        except (pa.ArrowInvalid, OSError) as e:
-            broken.append(f"{name} ({size} bytes): {str(e).splitlines()[0]}")
-            continue
-        parts.append(ParquetPart(name, size, tuple(meta.row_group(g).num_rows for g in range(meta.num_row_groups))))
-    if broken:
-        raise DistmtlError("not a whole Parquet file (truncated, or of another format); write it again:\n  " + "\n  ".join(broken[:20]))
-    dataset = Dataset(path, root, tuple(parts))
+    try:
+        root, names = _list(filesystem, inner, path)
+    except OSError as e:
+        raise DistmtlError(f"data path {path} cannot be read: {e}") from None
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda file: _footer(filesystem, *file), names))
+    if broken := [f for f in footers if isinstance(f, str)]:
+        raise DistmtlError("Parquet files that cannot be read:\n  " + "\n  ".join(broken[:20]))
+    parts, columns = zip(*footers, strict=True)
+    dataset = Dataset(path, root, parts, columns[0])
     if not dataset.rows:
         raise DistmtlError(f"data path {path}: its {len(parts)} Parquet file(s) hold no rows")
     return dataset
+
+
+def _footer(filesystem: fs.FileSystem, name: str, size: int) -> tuple[ParquetPart, tuple[str, ...]] | str:
+    """A file's row groups and columns, or what is wrong with it."""
+    try:
+        meta = pq.read_metadata(name, filesystem=filesystem)
+    except pa.ArrowInvalid as e:
+        why = str(e).splitlines()[0]
+        return f"{name} ({size} bytes) is not a whole Parquet file (truncated, or of another format); write it again: {why}"
+    except OSError as e:
+        return f"{name}: {str(e).splitlines()[0]}"
+    rows = tuple(meta.row_group(g).num_rows for g in range(meta.num_row_groups))
+    return ParquetPart(name, size, rows), tuple(meta.schema.to_arrow_schema().names)
 
 
 def _list(filesystem: fs.FileSystem, inner: str, path: str) -> tuple[str, list[tuple[str, int]]]:
     if any(c in inner for c in "*?["):
         fixed = PurePosixPath(*_before_glob(inner))
         info = filesystem.get_file_info(fs.FileSelector(str(fixed), recursive=True, allow_not_found=True))
-        found = [i for i in info if i.type == fs.FileType.File and PurePosixPath(i.path).match(inner)]
-        root = str(fixed)
+        root, matches = str(fixed), _glob(inner)
+        found = [i for i in info if i.type == fs.FileType.File and matches(i.path) and _is_data(i.path, root)]
     else:
         top = filesystem.get_file_info(inner)
         if top.type == fs.FileType.NotFound:
@@ -127,6 +145,13 @@ def _list(filesystem: fs.FileSystem, inner: str, path: str) -> tuple[str, list[t
     if not found:
         raise DistmtlError(f"data path {path}: no *.parquet files in it")
     return root, sorted((i.path, i.size) for i in found)
+
+
+def _glob(pattern: str) -> Callable[[str], Any]:
+    """Whether a path matches: `**/` is any folders, `*` and `?` stay within a name."""
+    parts = re.split(r"(\*\*/|\*|\?|\[[^]]*\])", pattern)
+    signs = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    return re.compile("".join(signs.get(p, p if p.startswith("[") else re.escape(p)) for p in parts)).fullmatch
 
 
 def _before_glob(inner: str) -> list[str]:

@@ -28,7 +28,6 @@ class EpochOrder:
         self.starts = np.concatenate([[0], np.cumsum(group_rows[shuffled])])  # where each shuffled row group begins in the epoch
         rows = int(self.starts[-1])
         self.bounds = np.array([rows * s // num_streams for s in range(num_streams + 1)])
-        self.steps = steps_per_epoch(rows, num_streams, rows_per_step)
 
     def stream_rows(self, stream: int) -> int:
         return int(self.bounds[stream + 1] - self.bounds[stream])

@@ -136,7 +136,7 @@ class GroupRows:
         """Rows first … last-1 of a row group, with their numbers."""
         if group != self.group or first < self.position:
             self._open(group)
-        self._next(first - self.position)
+        self._skip(first - self.position)
         table = self._next(last - first)
         start = int(self.dataset.group_starts[group]) + first
         return table.append_column(ROW, pa.array(np.arange(start, start + table.num_rows)))
@@ -147,6 +147,15 @@ class GroupRows:
         self.source = file.iter_batches(batch_size=DECODE_ROWS, row_groups=[index], columns=self.columns, use_threads=False)
         self.group, self.position = group, 0
         self.waiting = alike(file.schema_arrow.empty_table().select(self.columns))
+
+    def _skip(self, rows: int) -> None:
+        """Parquet can only be read forwards: rows before the wanted ones are decoded, but not kept."""
+        assert self.waiting is not None
+        self.position += rows
+        while rows > self.waiting.num_rows:
+            rows -= self.waiting.num_rows
+            self.waiting = alike(pa.Table.from_batches([next(self.source)]))
+        self.waiting = self.waiting.slice(rows)
 
     def _next(self, rows: int) -> pa.Table:
         assert self.waiting is not None

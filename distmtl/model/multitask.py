@@ -60,8 +60,14 @@ def _plugin(model: PluginHeadConfig, width: int, tasks: int) -> Any:
     try:
         network = getattr(importlib.import_module(module), name)(width=width, num_tasks=tasks, **model.args)
         network.output_width  # noqa: B018  # towers are built on it
+        buffers = sorted(n for n, _ in network.named_buffers() if n in network.state_dict())
     except Exception as e:  # the user's own code: anything can happen, and a retry would not mend it
         raise DistmtlError(f"model.target {model.target!r} cannot be built with args {model.args}: {type(e).__name__}: {e}") from e
+    if buffers:
+        raise DistmtlError(
+            f"model.target {model.target!r} keeps state outside its parameters ({', '.join(buffers[:3])}), which would differ "
+            "between workers; use LayerNorm instead of BatchNorm, or persistent=False"
+        )
     return network
 
 

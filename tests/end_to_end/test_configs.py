@@ -10,7 +10,7 @@ import pytest
 import yaml
 from worlds import train_world
 
-from distmtl.__main__ import parse
+from distmtl.__main__ import main, parse
 from distmtl.config import load_config, parse_config
 from distmtl.data.synthetic import write_log
 
@@ -36,6 +36,14 @@ def test_shipped_configs_train(name, synthetic, tmp_path):
     assert result["metrics"]["test"]["click"]["best_possible_auc"] > 0.75
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "planning").glob("*.yaml")), ids=lambda p: p.stem)
+def test_planning_configs_are_planned_as_their_first_lines_say(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    command = re.search(r"^#\s+distmtl (plan \S+ .*)$", path.read_text(), flags=re.M).group(1)
+    assert main(shlex.split(command)) == 0 and str(path.relative_to(ROOT)) in command
+    assert "smallest world size that fits" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("head", ["mmoe", "ple", "shared_bottom"])
 def test_configs_beside_the_synthetic_log_train(head, synthetic, tmp_path):
     result = train_world(shortened(synthetic / f"{head}.yaml", synthetic, tmp_path / "run"), 2)
@@ -48,7 +56,7 @@ def test_readme_and_docs_name_only_what_exists():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.yaml")]:
         text = page.read_text()
         for found in re.findall(
-            r"(?:^    |`|&& |# |-- |-m )(distmtl (?:synth|prepare|train|evaluate|config|doctor)\b[^`\n#&]*)", text, flags=re.M
+            r"(?:^    |`|&& |# |-- |-m )(distmtl (?:synth|prepare|train|evaluate|plan|config|doctor)\b[^`\n#&]*)", text, flags=re.M
         ):
             words = shlex.split(found)[1:]
             if len(words) > 1 or words == ["doctor"]:

@@ -28,9 +28,9 @@ def write(source: Path, folder: Path, fold: int = 5) -> None:
     Args:
         fold: 1 … 5, the test split.
     """
-    fold = int(fold)
-    if not 1 <= fold <= FOLDS:
+    if str(fold) not in {str(f) for f in range(1, FOLDS + 1)}:
         raise DistmtlError(f"fold {fold} is not in 1 … {FOLDS}")
+    fold = int(fold)
     ratings, folds = _ratings(source)
     users = read(find(source, ["users.dat", "ml1m_users.dat"], "MovieLens-1M"), ["id", "gender", "age", "occupation", "zip"], "\t", USERS)
     items = read(find(source, ["movies.dat", "ml1m_items.dat"], "MovieLens-1M"), ["id", "title", "genres"], "\t")

@@ -1,0 +1,34 @@
+"""The parity gate passes on sound code, and fails when parity is broken."""
+
+import tiny
+
+from distmtl import verification
+from distmtl.__main__ import main
+from distmtl.config import dump_config
+
+
+def write(path, config):
+    path.write_text(dump_config(config))
+    return str(path)
+
+
+def test_verify_passes_and_says_what_it_changed(tiny_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verification, "MAX_TABLE_ROWS", 100)
+    config = tiny.config(
+        tiny_data,
+        tmp_path / "run",
+        model={"kind": "mmoe", "expert": [16, 8], "dropout": 0.3},
+        optimizer={"tables": {"kind": "adagrad", "lr": 0.1}},
+    )
+    assert main(["verify", write(tmp_path / "c.yaml", config), "--workers", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "table 'user' has 100 rows instead of 200" in said and "dropout is off" in said
+    for check in ("unsharded = sharded", "1 = 2 workers", "row_wise", "column_wise", "resharded", "uninterrupted = resumed", "evaluate's"):
+        assert check in said
+    assert "FAIL" not in said and not (tmp_path / "run").exists()
+
+
+def test_verify_fails_when_ranks_do_not_share_their_gradients(tiny_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("distmtl.optim.Optimizers.step", lambda self: self.dense.step())
+    assert main(["verify", write(tmp_path / "c.yaml", tiny.config(tiny_data, tmp_path / "run"))]) == 1
+    assert "FAIL 2 workers agree" in capsys.readouterr().out
