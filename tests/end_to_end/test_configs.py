@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
-from worlds import train_world
+from worlds import run_world, train_world
 
 from distmtl.__main__ import main, parse
 from distmtl.config import load_config, parse_config
@@ -67,3 +68,35 @@ def test_readme_and_docs_name_only_what_exists():
         for block in re.findall(r"^    name: my\n(?:    .*\n)+", text, flags=re.M):
             parse_config(yaml.safe_load(block))
     assert commands >= 10
+
+
+def test_the_commands_of_the_readme_in_order(tmp_path, capsys):
+    """synth → config → train (one process, as under torchrun) → evaluate --data, also on data without true probabilities."""
+    log, run = tmp_path / "synthetic", tmp_path / "run"
+    assert main(["synth", "--out", str(log), "--rows", "20000"]) == 0
+    overrides = [f"run.dir={run}", "train.steps=8"]
+    assert main(["config", str(log / "mmoe.yaml"), *overrides]) == 0
+    train_world(load_config(log / "mmoe.yaml", overrides), 1)
+    capsys.readouterr()
+    for split, knows in (("test", True), ("train", False)):
+        assert run_world(main, 1, ["evaluate", str(run), "--data", str(log / split), "--out", str(tmp_path / "metrics.json")]) == [0]
+        metrics = json.loads((tmp_path / "metrics.json").read_text())["data"]
+        assert metrics["click"]["auc"] > 0.4 and ("best_possible_auc" in metrics["click"]) == knows
+
+
+@pytest.mark.parametrize("head", ["mmoe", "ple", "shared_bottom"])
+@pytest.mark.parametrize("name", ["census-income", "movielens-1m"])
+def test_prepared_configs_train(name, head, prepared, tmp_path):
+    result = train_world(load_config(prepared[name] / f"{head}.yaml", [f"run.dir={tmp_path}", "train.steps=3"]), 2)
+    assert result["steps"] == 3 and len(result["metrics"]["test"]) >= 2
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> dict[str, Path]:
+    source = ROOT.parent / "shared" / "data"
+    if not source.exists():
+        pytest.skip("the public data sets are not on this machine")
+    out = tmp_path_factory.mktemp("prepared")
+    for name in ("census-income", "movielens-1m"):
+        assert main(["prepare", name, "--source", str(source / name.replace("-", "_")), "--out", str(out / name)]) == 0
+    return {p.name: p for p in out.iterdir()}
