@@ -7,7 +7,6 @@
 #   launch/local_cluster.sh stop                              # this cluster only; other Ray instances go on
 #
 # CLUSTER_DIR (default ./runs/local_cluster) holds pids and logs, RAY_PORT (6379) and RAY_DASHBOARD_PORT (8265) the ports (below 10001 or above 20000).
-# For a real network between the nodes, with addresses of their own, see docs/fault-tolerance.md.
 set -euo pipefail
 
 dir=$(realpath -m "${CLUSTER_DIR:-runs/local_cluster}")
@@ -70,5 +69,5 @@ case ${1:-} in
       if [ -e "$pid" ]; then end "$(basename "$pid" .pid)"; fi
     done
     ;;
-  *) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 2 ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac
