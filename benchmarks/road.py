@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from distmtl.config import load_config
+from distmtl.config_file import load_config
 from distmtl.distributed.process import process_group
 from distmtl.loop import Training, open_splits
 from distmtl.model.experts import Experts

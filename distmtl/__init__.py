@@ -8,12 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distmtl.config import Config, load_config
+    from distmtl.config import Config
+    from distmtl.config_file import load_config
     from distmtl.errors import DistmtlError
     from distmtl.evaluation import evaluate
     from distmtl.loop import train
 
-_HOME = {"Config": "config", "load_config": "config", "DistmtlError": "errors", "evaluate": "evaluation", "train": "loop"}
+_HOME = {"Config": "config", "load_config": "config_file", "DistmtlError": "errors", "evaluate": "evaluation", "train": "loop"}
 
 __all__ = ["Config", "DistmtlError", "evaluate", "load_config", "train"]
 

@@ -158,7 +158,7 @@ def _option(text: str) -> tuple[str, str]:
 def train(a: argparse.Namespace) -> int:
     import signal
 
-    from distmtl.config import load_config
+    from distmtl.config_file import load_config
     from distmtl.distributed.process import under_torchrun
     from distmtl.stopping import stop_on_signals
 
@@ -198,7 +198,7 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 
 
 def verify(a: argparse.Namespace) -> int:
-    from distmtl.config import load_config
+    from distmtl.config_file import load_config
     from distmtl.verification import verify as run
 
     if a.workers < 1:
@@ -218,7 +218,7 @@ def world_sizes(text: str) -> list[int]:
 def plan(a: argparse.Namespace) -> int:
     from dataclasses import fields
 
-    from distmtl.config import load_config
+    from distmtl.config_file import load_config
     from distmtl.planning import Hardware, make_report
 
     config = load_config(a.config, a.overrides)
@@ -230,7 +230,7 @@ def plan(a: argparse.Namespace) -> int:
 
 
 def show_config(a: argparse.Namespace) -> None:
-    from distmtl.config import dump_config, load_config
+    from distmtl.config_file import dump_config, load_config
 
     print(dump_config(load_config(a.config, a.overrides)), end="")
 

@@ -1,20 +1,10 @@
-"""Every knob of a run, validated. YAML plus dotted overrides in, one frozen `Config` out.
-
-    config = load_config("configs/synthetic.yaml", ["train.epochs=2", "model.num_experts=8"])
-
-Unknown keys are refused with a suggestion, alternatives carry a `kind`, and all mistakes of a file are reported at once.
-Relative paths under `data` are relative to the YAML file; `run.dir` is relative to the working directory.
-"""
+"""Every knob of a run, typed, frozen and checked against each other. config_file.py reads it from YAML."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,11 +13,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
-
-from distmtl.errors import DistmtlError
 
 Unit = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_\-]*$")]
@@ -489,7 +476,7 @@ def _clashes(config: Config) -> list[str]:
     out += [f"table {n!r}: TorchRec cannot have a table of this name; choose another" for n in sorted(RESERVED & tables.keys())]
     for t in config.tables:
         if t not in tables:
-            out.append(f"tables.{t}: no feature reads a table of this name{_did_you_mean(t, tables)}")
+            out.append(f"tables.{t}: no feature reads a table of this name{did_you_mean(t, tables)}")
     labels = {t.column: t.name for t in config.tasks}
     out += [
         f"feature {f.name!r} reads column {f.source!r}, the label of task {labels[f.source]!r}"
@@ -523,7 +510,7 @@ def _sizes(config: Config) -> list[str]:
         out.append("every task has weight 0: nothing would be trained")
     task, _, metric = config.train.monitor.rpartition(".")
     if task and task not in {t.name for t in config.tasks}:
-        out.append(f"train.monitor {config.train.monitor!r}: no task {task!r}{_did_you_mean(task, [t.name for t in config.tasks])}")
+        out.append(f"train.monitor {config.train.monitor!r}: no task {task!r}{did_you_mean(task, [t.name for t in config.tasks])}")
     if metric not in MONITORS:
         out.append(f"train.monitor {config.train.monitor!r}: {metric!r} is not one of {', '.join(MONITORS)}")
     else:
@@ -538,211 +525,6 @@ REGRESSION_ONLY = ("rmse", "mae")
 MONITORS = ("loss", *BINARY_ONLY, *REGRESSION_ONLY)
 
 
-# ---------------------------------------------------------------------------------------------------------------- load
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read `path` (YAML), apply `section.key=value` overrides, validate.
-
-    Raises:
-        DistmtlError: file missing or not YAML, or the list of every mistake in it.
-    """
-    path = Path(path)
-    try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise DistmtlError(f"config {path}: {e.strerror or e}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise DistmtlError(f"config {path} is not valid YAML: {_yaml_mistake(e)}") from None
-    if not isinstance(raw, dict):
-        found = "is empty; it" if raw is None else f"holds a {type(raw).__name__}, but"
-        raise DistmtlError(f"config {path} {found} must hold a mapping (name: …, data: …)")
-    for item in overrides:
-        _override(raw, item)
-    raw.setdefault("name", re.sub(r"[^A-Za-z0-9_-]", "-", path.stem if path.stem[:1].isalpha() else f"_{path.stem}"))
-    config = parse_config(raw, str(path))
-    data = config.data.model_copy(update={k: _resolve(getattr(config.data, k), path.parent) for k in ("train", "validation", "test")})
-    return config.model_copy(update={"data": data})
-
-
-def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
-    """Validate a mapping, as `load_config` does for a file.
-
-    Raises:
-        DistmtlError: the list of every mistake.
-    """
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as e:
-        errors = e.errors()
-        inner = {err["loc"][:1] for err in errors if len(err["loc"]) > 1}  # a list with a bad element is not also too short
-        lines = [line for err in errors if err["type"] != "too_short" or err["loc"] not in inner for line in _sentence(err, raw)]
-        raise DistmtlError(
-            f"{where}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(f"  - {line}" for line in lines)
-        ) from None
-
-
-def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to the same object, every field spelled out."""
-    return yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
-
-
-def parse_yaml(text: str) -> Any:
-    """YAML as it is meant: a key given twice is an error, and 1e-3 is a number.
-
-    Raises:
-        yaml.YAMLError: not YAML.
-    """
-    return yaml.load(text, _Loader)  # a SafeLoader
-
-
-class _Loader(yaml.SafeLoader):
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that _Loader would read as numbers."""
-
-
-for _yaml in (_Loader, _Dumper):  # YAML 1.1, PyYAML's, wants a dot and a sign: 1.0e-3
-    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-
-
-def _yaml_mistake(e: Exception) -> str:
-    mark = getattr(e, "problem_mark", None)
-    return f"line {mark.line + 1}, column {mark.column + 1}: {e.problem}" if mark else " ".join(str(e).split())  # type: ignore[attr-defined]
-
-
-def _override(raw: dict[str, Any], item: str) -> None:
-    key, sep, value = item.partition("=")
-    *parents, leaf = key.strip().split(".")
-    if not sep or not all((*parents, leaf)):
-        raise DistmtlError(f"override {item!r} is not section.key=value")
-    node: Any = raw
-    for i, part in enumerate(parents):
-        node = _enter(node, part, ".".join(parents[:i]), item)
-    try:
-        parsed = parse_yaml(value)
-    except yaml.YAMLError as e:
-        raise DistmtlError(f"override {item!r}: the value is not valid YAML: {_yaml_mistake(e)}") from None
-    if isinstance(node, list):
-        node[_index(node, leaf, ".".join(parents), item)] = parsed
-    else:
-        node[leaf] = parsed
-
-
-def _enter(node: Any, part: str, where: str, item: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, part, where, item)]
-    if node.get(part) is None:
-        node[part] = {}
-    if not isinstance(node[part], dict | list):
-        raise DistmtlError(f"override {item!r}: {'.'.join(filter(None, (where, part)))} is a plain value and has no fields")
-    return node[part]
-
-
-def _index(node: list[Any], part: str, where: str, item: str) -> int:
-    """An element of a list, by number or by its `name`."""
-    names = [n.get("name") if isinstance(n, dict) else None for n in node]
-    if part in names:
-        return names.index(part)
-    if part.isdecimal() and int(part) < len(node):
-        return int(part)
-    raise DistmtlError(f"override {item!r}: {where} has no element {part!r}{_did_you_mean(part, [n for n in names if n])}")
-
-
-def _resolve(path: str | None, base: Path) -> str | None:
-    if path is None or "://" in path or Path(path).is_absolute():
-        return path
-    return str((base / Path(path).expanduser()).resolve())
-
-
-def _sentence(err: Any, raw: Any) -> list[str]:
-    """One pydantic error as sentences with the key's place in the file."""
-    place, around, members = _place(err["loc"], raw)
-    where, kind, got = ".".join(place), err["type"], f"{err['input']!r:.80}"
-    start = f"{where}: " if where else ""
-    if kind == "extra_forbidden":
-        elsewhere = [tag for tag, model in members.items() if place[-1] in model.model_fields]
-        if elsewhere:
-            return [f"{start}unknown key for this kind; it belongs to {' and '.join(elsewhere)}"]
-        return [f"{start}unknown key{_elsewhere(place[-1], around)}"]
-    if kind == "missing":
-        return [f"{start}missing; it must be given"]
-    if kind == "union_tag_invalid":
-        return [f"{start}kind {err['ctx']['tag']!r} is not one of {', '.join(members)}{_did_you_mean(err['ctx']['tag'], members)}"]
-    if kind == "union_tag_not_found":
-        return [f"{start}kind is missing; it is one of {', '.join(members)}"]
-    if kind == "value_error":
-        lines = str(err["ctx"]["error"]).split("\n")
-        return [line if line.startswith(("feature", "table", "task")) else start + line for line in lines]
-    if kind == "string_pattern_mismatch":
-        rule = "package.module:Name" if place[-1] == "target" else "letters, digits, _ and -, and not start with a digit or -"
-        return [f"{start}must be {rule}, got {got}"]
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return [f"{start}must be a mapping (key: value), got {got}"]
-    if kind == "tuple_type":
-        return [f"{start}must be a list, got {got}"]
-    if kind == "too_short":
-        return [f"{start}must not be empty"]
-    truth = kind == "string_type" and isinstance(err["input"], bool)
-    hint = "; YAML takes yes, no, on and off for truth values: quote it" if truth else ""
-    return [f"{start}{err['msg'][:1].lower()}{err['msg'][1:]}, got {got}{hint}"]
-
-
-def _place(loc: tuple[Any, ...], raw: Any) -> tuple[list[str], list[str], dict[str, type[Strict]]]:
-    """Of an error: its keys in the file (elements of a list by their name), the keys known beside it, and the kinds there are."""
-    annotation: Any = Config
-    place: list[str] = []
-    around: list[str] = []
-    union: dict[str, type[Strict]] = {}
-    kinds: dict[str, type[Strict]] = {}
-    for part in loc:
-        members = _members(annotation)
-        if len(members) > 1:  # pydantic puts the kind in between
-            annotation, union = members.get(part), members
-            continue
-        model = next(iter(members.values()), None)
-        around, kinds, union = list(model.model_fields) if model else [], union, {}
-        if model:
-            annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        else:  # of a list or a mapping
-            annotation = next((a for a in reversed(get_args(annotation)) if a is not Ellipsis), None)
-        raw = raw[part] if isinstance(raw, list) and isinstance(part, int) else raw.get(part) if isinstance(raw, dict) else None
-        name = raw.get("name") if isinstance(part, int) and isinstance(raw, dict) else None
-        place.append(name if isinstance(name, str) else str(part))
-    return place, around, _members(annotation) or kinds
-
-
-def _members(annotation: Any) -> dict[str, type[Strict]]:
-    """The config classes that an annotation allows here, by their kind."""
-    if isinstance(annotation, type) and issubclass(annotation, Strict):
-        kind = annotation.model_fields.get("kind")
-        return {get_args(kind.annotation)[0] if kind else "": annotation}
-    if annotation is None or get_origin(annotation) in (tuple, dict, Literal):
-        return {}
-    arguments = get_args(annotation)
-    return {k: m for a in (arguments[:1] if get_origin(annotation) is Annotated else arguments) for k, m in _members(a).items()}
-
-
-def _elsewhere(key: str, around: list[str]) -> str:
-    """Where an unknown key probably belongs."""
-    if near := _did_you_mean(key, around):
-        return near
-    for section, field in Config.model_fields.items():
-        members = list(_members(field.annotation).values())
-        if len(members) == 1 and key in members[0].model_fields and key != "kind":
-            return f"; did you mean '{section}.{key}'?"
-    return f"; known here: {', '.join(around)}"
-
-
-def _did_you_mean(word: str, known: Any) -> str:
+def did_you_mean(word: str, known: Any) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -12,7 +12,8 @@ import yaml
 
 from distmtl import checkpoint
 from distmtl.checkpoint import Checkpoint
-from distmtl.config import Config, dump_config, parse_config
+from distmtl.config import Config
+from distmtl.config_file import dump_config, parse_config
 from distmtl.data.dataset import Dataset
 from distmtl.data.hashing import HASH_VERSION
 from distmtl.errors import DistmtlError

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from distmtl import checkpoint
 from distmtl.batch import Batch
-from distmtl.config import Config, IdFeature, TableConfig, parse_config
+from distmtl.config import Config, IdFeature, TableConfig
+from distmtl.config_file import parse_config
 from distmtl.distributed.process import process_group, quieten
 from distmtl.distributed.ranks import run_ranks
 from distmtl.distributed.sharding import local_shards

@@ -16,7 +16,7 @@ import yaml
 from worlds import records, run_world
 
 from distmtl.__main__ import main
-from distmtl.config import load_config, parse_config
+from distmtl.config_file import load_config, parse_config
 from distmtl.data import check
 from distmtl.data.check import check_dataset
 from distmtl.data.collate import ROW, Collator

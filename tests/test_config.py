@@ -7,7 +7,8 @@ import tiny
 import yaml
 from pydantic import ValidationError
 
-from distmtl.config import BinaryTask, dump_config, load_config, parse_config
+from distmtl.config import BinaryTask
+from distmtl.config_file import dump_config, load_config, parse_config
 from distmtl.errors import DistmtlError
 
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from distmtl.config import parse_config
+from distmtl.config_file import parse_config
 from distmtl.errors import DistmtlError
 from distmtl.model.experts import Experts, Gate, mix
 from distmtl.model.mmoe import MMoE

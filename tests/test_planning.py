@@ -14,7 +14,8 @@ import torch
 from worlds import run_world
 
 from distmtl.__main__ import main
-from distmtl.config import Config, load_config, parse_config
+from distmtl.config import Config
+from distmtl.config_file import load_config, parse_config
 from distmtl.distributed import sharding
 from distmtl.distributed.process import process_group
 from distmtl.distributed.sharding import attach_table_optimizers, describe, make_plan, plan_text
@@ -155,7 +156,7 @@ def test_a_table_that_may_not_be_split_fits_nowhere():
 @pytest.fixture
 def planned_file(tmp_path):
     def write(c: Config) -> str:
-        from distmtl.config import dump_config
+        from distmtl.config_file import dump_config
 
         path = tmp_path / "planned.yaml"
         path.write_text(dump_config(c))

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from distmtl.config import load_config
+from distmtl.config_file import load_config
 from distmtl.data.prepare import census_income, movielens, prepare
 from distmtl.data.prepare.raw import edges
 from distmtl.errors import DistmtlError

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from distmtl.config import load_config
+from distmtl.config_file import load_config
 from distmtl.data import synthetic
 from distmtl.data.synthetic import BLOCK, World, write_log
 from distmtl.errors import DistmtlError

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distmtl.config import Config, parse_config
+from distmtl.config import Config
+from distmtl.config_file import parse_config
 
 ROWS = {"train": 3001, "validation": 700}  # prime-ish: nothing divides anything
 

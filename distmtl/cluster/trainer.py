@@ -23,7 +23,8 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from distmtl.cluster.network import ProcessGroupConfig
 from distmtl.cluster.timeouts import retry_wait_s, set_hang_timeout
-from distmtl.config import Config, parse_config
+from distmtl.config import Config
+from distmtl.config_file import parse_config
 from distmtl.errors import DistmtlError
 from distmtl.progress import Report, print_record
 

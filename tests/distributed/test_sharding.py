@@ -7,7 +7,8 @@ import tiny
 import torch
 from worlds import run_world
 
-from distmtl.config import Config, parse_config
+from distmtl.config import Config
+from distmtl.config_file import parse_config
 from distmtl.errors import DistmtlError
 from distmtl.model.loss import task_losses
 from distmtl.verification import State, short_run, unsharded_run

@@ -109,7 +109,7 @@ def test_early_stopping_keeps_the_best_and_tests_with_it(tiny_data, tmp_path):
                "early_stopping": {"patience": 3}},
     )  # fmt: skip
     raw["data"]["test"] = raw["data"]["validation"]
-    from distmtl.config import parse_config
+    from distmtl.config_file import parse_config
 
     config = parse_config(raw)
     result = train_world(config, 2)

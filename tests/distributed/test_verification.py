@@ -4,7 +4,7 @@ import tiny
 
 from distmtl import verification
 from distmtl.__main__ import main
-from distmtl.config import dump_config
+from distmtl.config_file import dump_config
 
 
 def write(path, config):

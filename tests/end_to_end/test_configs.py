@@ -12,7 +12,7 @@ import yaml
 from worlds import run_world, train_world
 
 from distmtl.__main__ import main, parse
-from distmtl.config import load_config, parse_config
+from distmtl.config_file import load_config, parse_config
 from distmtl.data.synthetic import write_log
 
 ROOT = Path(__file__).parents[2]

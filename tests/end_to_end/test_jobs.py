@@ -16,7 +16,7 @@ import tiny
 from test_ray import last_record, start, write_config
 from worlds import train_world
 
-from distmtl.config import load_config
+from distmtl.config_file import load_config
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 TRAIN = {"global_batch_size": 128, "epochs": 60, "eval_every": 240, "save_every": 60, "log_every": 20}

@@ -17,7 +17,7 @@ import tiny
 import yaml
 from worlds import records, train_world
 
-from distmtl.config import load_config
+from distmtl.config_file import load_config
 
 
 def write_config(folder: Path, raw: dict) -> Path:
