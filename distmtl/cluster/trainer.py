@@ -220,8 +220,9 @@ def _reason(error: TrainingFailedError | RayActorError, config: Config) -> str:
     failures = getattr(error, "worker_failures", {}) or {}
     words = [f"rank {rank}: {_last_line(e)}" for rank, e in sorted(failures.items()) if str(e).strip()]
     text = "; ".join(words[:4]) or _last_line(error)
+    kept = any((Path(config.run_dir) / "checkpoints").glob("step-*/manifest.json"))
     return (
-        f"training failed after {config.cluster.max_failures} restart(s): {text}\n"
-        f"the newest checkpoint stays in {config.run_dir}; the same command continues from it. "
-        "Workers' logs: the newest session_*/logs/train under Ray's temporary folder; --debug shows the traceback"
+        f"training failed, and cluster.max_failures={config.cluster.max_failures} allows no further restart: {text}\n"
+        + (f"the newest checkpoint stays in {config.run_dir}; the same command continues from it. " if kept else "")
+        + "Workers' logs: the newest session_*/logs/train under Ray's temporary folder; --debug shows the traceback"
     )
