@@ -180,11 +180,14 @@ def train(a: argparse.Namespace) -> int:
 
 def evaluate(a: argparse.Namespace) -> None:
     from distmtl.evaluation import evaluate as run
+    from distmtl.run_directory import find_checkpoint
 
     if a.out and not a.out.absolute().parent.is_dir():
         raise DistmtlError(f"--out {a.out}: its folder does not exist")
-    metrics = run(a.path, a.data)
+    found = find_checkpoint(a.path)
+    metrics = run(str(found.path), a.data)
     if _first_rank():
+        print(f"checkpoint {found.path} (step {found.step})")
         print_metrics(metrics)
         if a.out:
             a.out.write_text(json.dumps(metrics, indent=1) + "\n")
