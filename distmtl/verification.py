@@ -114,7 +114,7 @@ def _checks(config: Config, workers: int, folder: Path) -> Iterator[Check]:
     yield Check(
         "unsharded = sharded",
         "losses of plain PyTorch and of TorchRec on 1 worker",
-        _apart(unsharded_losses(config, one), one[0].losses),
+        _apart(unsharded_run(config, one)[0], one[0].losses),
         LOSS_TOLERANCE,
     )
     many = run_ranks(short_run, workers, config)
@@ -185,13 +185,9 @@ def short_run(config: Config, steps: int = STEPS) -> ShortRun:
         return ShortRun(losses, batches, before, _whole(training.model.state_dict()), training.optimizers.gradients.clone(), sharding)
 
 
-def unsharded_losses(config: Config, ranks: list[ShortRun]) -> Tensor:
-    """(steps, T) losses of the same steps in one process without TorchRec: F.embedding_bag and optimizers written out."""
-    return unsharded_run(config, ranks)[0]
-
-
 def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, State]:
-    """The losses, and all parameters afterwards."""
+    """(steps, T) losses of the same steps in one process without TorchRec (F.embedding_bag, table optimizers written out), and all
+    parameters afterwards."""
     weights = {n: v.clone() for n, v in ranks[0].before.items()}
     tables = {f.table_name: weights[f"model.embeddings.embedding_bags.{f.table_name}.weight"].requires_grad_() for f in config.embedded}
     head = Head(config, FeatureVector(config).width)
