@@ -85,6 +85,10 @@ def parser() -> argparse.ArgumentParser:
         "--resume", default="auto", metavar="auto|never|PATH",
         help="continue the run in run.dir (auto, the default), insist on a new one (never), or start from a checkpoint",
     )  # fmt: skip
+    p.add_argument(
+        "--resume-policy", default="strict", choices=["strict", "matching"],
+        help="matching: where features, tables, tasks or the head differ from the checkpoint's, load what still fits and say what does not",
+    )  # fmt: skip
 
     p = command(
         "evaluate",
@@ -161,6 +165,7 @@ def train(a: argparse.Namespace) -> int:
     from distmtl.config_file import load_config
     from distmtl.distributed.process import under_torchrun
     from distmtl.stopping import stop_on_signals
+    from distmtl.storage import place
 
     config = load_config(a.config, [*a.overrides, *([f"cluster.workers={a.workers}"] if a.workers is not None else [])])
     run: Any
@@ -168,8 +173,8 @@ def train(a: argparse.Namespace) -> int:
         from distmtl.loop import train as run
     else:
         from distmtl.cluster.trainer import train_on_ray as run
-    with stop_on_signals(Path(config.run_dir)) as request:
-        result = run(config, a.resume)
+    with stop_on_signals(place(config.run_dir)) as request:
+        result = run(config, a.resume, policy=a.resume_policy)
     if _first_rank():
         if result["metrics"]:
             print_metrics(result["metrics"])

@@ -382,6 +382,9 @@ class TrainConfig(Strict):
     log_every: PositiveInt = Field(50, description="Steps between progress lines.")
     eval_every: PositiveInt | None = Field(None, description="Steps between evaluations; default: at the end of every epoch.")
     save_every: PositiveInt | None = Field(None, description="Steps between checkpoints; default: at every evaluation.")
+    save_in_background: bool = Field(
+        True, description="Training goes on while a checkpoint is written, for a second copy of the tables in host memory."
+    )
     keep: PositiveInt = Field(2, description="Newest checkpoints kept, besides the best.")
     monitor: str = Field("loss", description="What best means on the validation set: loss, METRIC (mean over tasks) or TASK.METRIC.")
     early_stopping: EarlyStopping | None = None

@@ -8,7 +8,7 @@ import resource
 import socket
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ from distmtl.model.loss import StepNumbers
 from distmtl.model.multitask import TrainModel, initialise_dense
 from distmtl.optim import Optimizers
 from distmtl.progress import Progress, Report, print_record
-from distmtl.run_directory import is_own, open_run, write_json
+from distmtl.run_directory import ResumePolicy, is_own, meaningless_tables, open_run, same_model, write_json
+from distmtl.saving import Saver
 from distmtl.stopping import asked_to_stop, forget_request, steps_between_looks
+from distmtl.storage import absolute, place, write_whole
 from distmtl.versions import git_commit, versions
 
 SPLITS = ("train", "validation", "test")
@@ -54,27 +56,35 @@ class LoopState:
     evaluations_without_best: int = 0
 
 
-def train(config: Config, resume: str = "auto", report: Report = print_record, checked: bool = False) -> dict[str, Any]:
+def train(
+    config: Config, resume: str = "auto", report: Report = print_record, checked: bool = False, policy: ResumePolicy = "strict"
+) -> dict[str, Any]:
     """Train in this process, or as one rank under torchrun or Ray. Returns result.json's object.
 
     Args:
         resume: `auto`, `never`, or the path of a checkpoint to start from (run_directory.open_run).
         report: called on rank 0 with every record of progress.
         checked: the data was checked by who calls, a moment ago; only its footers are read again.
+        policy: `matching` takes over the part of a checkpoint that fits a changed model, and says what does not.
 
     Raises:
         DistmtlError: what a retry cannot mend; on every rank.
     """
     with process_group(config) as process:
         splits = on_first_rank(process, lambda: open_splits(config, checked))
-        found, notes = on_first_rank(process, lambda: open_run(config, resume, splits["train"]))
-        progress = Progress(Path(config.run_dir), process.first, report)
+        found, notes = on_first_rank(process, lambda: open_run(config, resume, splits["train"], policy))
+        progress = Progress(place(config.run_dir), process.first, report)
         try:
             run = Training(config, process, splits, progress)
-            run.start(found, notes)
+            run.start(found, notes, policy)
             if complete := run.former_result():
                 return complete
-            run.train()
+            try:
+                run.train()
+            except DistmtlError:  # all ranks raise it, so all can complete the checkpoint on its way
+                with suppress(DistmtlError):
+                    run.saver.wait()
+                raise
             return run.finish()
         finally:
             progress.close()
@@ -105,7 +115,7 @@ class Training:
 
     def __init__(self, config: Config, process: Process, splits: dict[str, Dataset], progress: Progress):
         self.config, self.process, self.splits, self.progress = config, process, splits, progress
-        self.folder = Path(config.run_dir)
+        self.folder = place(config.run_dir)
         self.state = LoopState(monitor=config.train.monitor)
         self.reader = _reader(config, splits["train"], process)
         self.total_steps = min(self.reader.steps_per_epoch * config.train.epochs, config.train.steps or 2**62)
@@ -127,27 +137,60 @@ class Training:
         self.meter = Meter(len(config.tasks), process.device)
         self.measured: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}  # metrics of the step just evaluated
 
-    def start(self, found: checkpoint.Checkpoint | None, notes: list[str]) -> None:
+    def start(self, found: checkpoint.Checkpoint | None, notes: list[str], policy: ResumePolicy = "strict") -> None:
         """Load the checkpoint, if there is one, and say what is about to happen."""
-        if found and is_own(found, self.config):
-            checkpoint.load(found, self.model, self.optimizers)
+        own = found is not None and is_own(found, self.config)
+        changed = found is not None and policy == "matching" and not same_model(self.config, found)
+        if found and changed:
+            optimizers = self.optimizers if own else None
+            notes = notes + checkpoint.load_matching(
+                found, self.model, self.optimizers.parameters, optimizers, meaningless_tables(self.config, found)
+            )
+        elif found and own:
+            found = self._load_newest(found, notes)
+        elif found:
+            checkpoint.load_weights(found, self.model, self.optimizers.parameters)
+        if found and own:
             self.state = LoopState(**found.manifest["loop"])
-            if self.state.monitor != self.config.train.monitor:  # the best so far was another kind of best
+            if self.state.monitor != self.config.train.monitor or changed:  # the best so far was another kind of best
                 self.state = replace(
                     self.state, monitor=self.config.train.monitor, best_step=None, best_value=None, evaluations_without_best=0
                 )
-        elif found:
-            checkpoint.load_weights(found, self.model, self.optimizers.parameters)
+        self.restarts = on_first_rank(self.process, lambda: _count_starts(self.progress.log))
         if self.process.first:
-            self.restarts = _count_starts(self.folder)
             write_json(self.folder / "plan.json", plan_json(self.planned, self.process.world_size))
-            (self.folder / "plan.txt").write_text(plan_text(self.planned, self.process.world_size) + "\n")
+            write_whole(self.folder / "plan.txt", plan_text(self.planned, self.process.world_size) + "\n")
         for note in notes:
             self.progress.say("note", step=self.state.step, text=note)
         workers = gather_texts(self.process, f"rank {self.process.rank}: {socket.gethostname()} pid {os.getpid()}")
         self.progress.say(
             "start", step=self.state.step, text=self._introduction(found), world_size=self.process.world_size, workers=workers
         )
+        self.saver = Saver(
+            self.folder / "checkpoints",
+            self.model,
+            self.optimizers,
+            self.process,
+            attempt=self.restarts,
+            background=self.config.train.save_in_background,
+            keep=self.config.train.keep,
+        )
+
+    def _load_newest(self, found: checkpoint.Checkpoint, notes: list[str]) -> checkpoint.Checkpoint:
+        """Load it, or the newest older one that can be loaded. Sizes were right; whether the bytes are shows now.
+
+        Raises:
+            DistmtlError: none can be.
+        """
+        try:
+            checkpoint.load(found, self.model, self.optimizers)
+            return found
+        except DistmtlError as e:
+            older, passed = on_first_rank(self.process, lambda: checkpoint.newest(self.folder / "checkpoints", before=found))
+            if older is None:
+                raise
+            notes += [str(e), *passed]
+        return self._load_newest(older, notes)
 
     def train(self) -> None:
         config, state, last = self.config.train, self.state, self.total_steps
@@ -175,9 +218,12 @@ class Training:
                 self.stopped = not ending and not self.stops_early and self._asked_to_stop()
                 if evaluating or ending or self.stopped or state.step % (config.save_every or eval_every) == 0:
                     self._save()
+                self._say_saved()
                 if failure:
                     raise failure
         batches.close()
+        self.saver.wait()
+        self._say_saved()
 
     @property
     def stops_early(self) -> bool:
@@ -205,8 +251,9 @@ class Training:
         state, process = self.state, self.process
         if self.stopped:
             self._say_stopped()
-        elif state.best_step not in (None, state.step):
-            best = on_first_rank(process, lambda: checkpoint.read(self.folder / "checkpoints" / f"step-{state.best_step:09d}"))
+        elif state.best_step is not None and state.best_step != state.step:
+            best_step = state.best_step
+            best = on_first_rank(process, lambda: checkpoint.of_step(self.folder / "checkpoints", best_step))
             checkpoint.load(best, self.model, self.optimizers)
             self.progress.say("note", step=state.step, text=f"the best checkpoint, of step {state.best_step}, on all data:")
         metrics = {}
@@ -218,7 +265,7 @@ class Training:
                 loss, metrics[split] = self._measure(split)
                 self.progress.say("evaluation", step=step, of=self.total_steps, split=split, loss=loss, metrics=metrics[split])
         result = {
-            "run_dir": str(self.folder.resolve()),
+            "run_dir": absolute(self.config.run_dir),
             "world_size": process.world_size,
             "device": process.device.type,
             "precision": "fp32",
@@ -336,12 +383,9 @@ class Training:
         return evaluate_split(self.train_model.model, self.splits[split], self.config, self.process)
 
     def _save(self) -> None:
-        folder, began = self.folder / "checkpoints", time.monotonic()
+        """Begin a checkpoint; training goes on as soon as its state is copied."""
         with self.meter.paused():
-            checkpoint.save(
-                folder,
-                self.model,
-                self.optimizers,
+            self.saver.save(
                 {
                     "step": self.state.step,
                     "loop": asdict(self.state),
@@ -352,10 +396,12 @@ class Training:
                     "hash_version": HASH_VERSION,
                     "versions": versions(),
                 },
+                self.state.best_step,
             )
-            if self.process.first:
-                checkpoint.retain(folder, self.config.train.keep, self.state.best_step, self.state.step)
-        self.progress.say("checkpoint", step=self.state.step, seconds=round(time.monotonic() - began, 3))
+
+    def _say_saved(self) -> None:
+        if self.process.first and (saved := self.saver.completed()):
+            self.progress.say("checkpoint", **asdict(saved))
 
     def _profiler(self) -> Any:
         """torch.profiler over the chosen steps on rank 0, written to <run>/profile; else nothing."""
@@ -364,7 +410,7 @@ class Training:
             return nullcontext()
         return torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=max(profile.first_step - 1, 0), warmup=1, active=profile.steps, repeat=1),
-            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.folder / "profile")),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.progress.folder / "profile")),
         )
 
     def _introduction(self, found: checkpoint.Checkpoint | None) -> str:
@@ -409,10 +455,9 @@ def _reader(config: Config, dataset: Dataset, process: Process) -> Reader:
     )
 
 
-def _count_starts(folder: Path) -> int:
+def _count_starts(log: Path | None) -> int:
     """How often this run was started before."""
-    log = folder / "metrics.jsonl"
-    return sum(line.startswith('{"kind": "start"') for line in log.open()) if log.exists() else 0
+    return sum(line.startswith('{"kind": "start"') for line in log.open()) if log and log.exists() else 0
 
 
 class Meter:

@@ -8,26 +8,42 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from distmtl.storage import is_remote
+
+COPY_EVERY_S = 10.0
 
 Record = dict[str, Any]
 Report = Callable[[Record], None]
 
 
 class Progress:
-    """Appends records to a run directory and passes them on; silent on all ranks but the first."""
+    """Appends records to a run directory and passes them on; silent on all ranks but the first.
+
+    In an object store nothing can be appended to: there the files grow in a local folder and are copied whole, at most every
+    COPY_EVERY_S seconds and with every record that is not a mere step's.
+    """
 
     def __init__(self, folder: Path | None, first: bool, report: Report):
         self.first, self.report = first, report
         self.file = None
+        self.log: Path | None = None
         if first and folder:
             from torch.utils.tensorboard import SummaryWriter  # a second of imports, on rank 0 only
 
-            self.file = (folder / "metrics.jsonl").open("a", buffering=1)
-            self.board = SummaryWriter(str(folder))
+            self.store = folder if is_remote(folder) else None
+            self.folder = Path(tempfile.mkdtemp(prefix="distmtl-")) if self.store else folder
+            self.log, self.copied = self.folder / "metrics.jsonl", 0.0
+            if self.store and (self.store / self.log.name).exists():
+                self.log.write_bytes((self.store / self.log.name).read_bytes())
+            self.file = self.log.open("a", buffering=1)
+            self.board = SummaryWriter(str(self.folder))
 
     def say(self, kind: str, **values: Any) -> None:
         if self.file is None:
@@ -36,12 +52,25 @@ class Progress:
         self.file.write(json.dumps(record, allow_nan=False) + "\n")
         for name, value in _scalars(values):
             self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
+        if self.store and (kind != "train" or time.monotonic() - self.copied > COPY_EVERY_S):
+            self._copy()
         self.report(record)
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
             self.board.close()
+            if self.store:
+                self._copy()
+                shutil.rmtree(self.folder)
+
+    def _copy(self) -> None:
+        assert self.store is not None
+        for file in (f for f in self.folder.rglob("*") if f.is_file()):
+            to = self.store / file.relative_to(self.folder).as_posix()
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(file.read_bytes())
+        self.copied = time.monotonic()
 
 
 def _finite(value: Any) -> Any:

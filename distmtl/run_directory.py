@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from distmtl import checkpoint
 from distmtl.checkpoint import Checkpoint
-from distmtl.config import Config
+from distmtl.config import Config, IdFeature
 from distmtl.config_file import dump_config, parse_config
 from distmtl.data.dataset import Dataset
 from distmtl.data.hashing import HASH_VERSION
 from distmtl.errors import DistmtlError
+from distmtl.storage import place, write_whole
 
 # What may change between the start of a run and its continuation: how it is run, not what it computes.
 FREE = (
@@ -35,17 +35,24 @@ FREE_FROM_WEIGHTS = (
 )  # fmt: skip
 
 
-def open_run(config: Config, resume: str, train_set: Dataset) -> tuple[Checkpoint | None, list[str]]:
+# What `--resume-policy matching` may change besides: what a model is made of.
+FREE_IF_MATCHING = ("features.*", "tables.*", "tasks.*", "model.*", "optimizer.tables.*", "optimizer.clip_norm", "sharding.*")
+ResumePolicy = Literal["strict", "matching"]
+
+
+def open_run(config: Config, resume: str, train_set: Dataset, policy: ResumePolicy = "strict") -> tuple[Checkpoint | None, list[str]]:
     """Make the run directory, or continue it. Returns the checkpoint to load, and what is worth saying about it.
 
     Args:
         resume: `auto` continues a run of the same config; `never` wants an empty directory; a path of a checkpoint or run
             gives the weights that a new run starts from (`is_own` is false for it), once: a run with a checkpoint continues.
+        policy: `matching` lets features, tables, tasks and the head differ: what still fits is loaded.
 
     Raises:
         DistmtlError: the directory is another run's (the differing fields), the data set changed, or nothing to load.
     """
-    folder = Path(config.run_dir)
+    folder = place(config.run_dir)
+    extra = FREE_IF_MATCHING if policy == "matching" else ()
     if folder.exists() and not folder.is_dir():
         raise DistmtlError(f"run.dir {folder} is a file; choose another run.dir")
     entries = [p.name for p in folder.iterdir()] if folder.exists() else []
@@ -58,21 +65,19 @@ def open_run(config: Config, resume: str, train_set: Dataset) -> tuple[Checkpoin
     found: Checkpoint | None = None
     notes: list[str] = []
     if begun:
-        _same(config, _config_of(folder), f"run.dir {folder}")
+        _same(config, _config_of(folder), f"run.dir {folder}", FREE + extra)
         found, notes = checkpoint.newest(folder / "checkpoints")
         found = found and _readable(found)
-        if found and resume not in ("auto", "never") and Path(resume).resolve() not in (folder.resolve(), found.path.resolve()):
+        if found and resume not in ("auto", "never") and place(resume).resolve() not in (folder.resolve(), found.path.resolve()):
             notes = [f"run.dir {folder} holds a checkpoint of its own, which goes before --resume {resume}", *notes]
     if found is None and resume not in ("auto", "never"):
         found = find_checkpoint(resume)
-        _same(config, checkpoint_config(found), f"checkpoint {found.path}", FREE_FROM_WEIGHTS)
+        _same(config, checkpoint_config(found), f"checkpoint {found.path}", FREE_FROM_WEIGHTS + extra)
     elif found is not None:
         _same_data(train_set, found)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "config.yaml.partial"
-        partial.write_text(dump_config(config), encoding="utf-8")
-        os.replace(partial, folder / "config.yaml")
+        write_whole(folder / "config.yaml", dump_config(config))
     except OSError as e:
         raise DistmtlError(f"run.dir {folder} cannot be written: {e.strerror or e}; choose another run.dir") from None
     return found, notes
@@ -92,7 +97,7 @@ def find_checkpoint(path: str) -> Checkpoint:
     Raises:
         DistmtlError: there is none, or it is incomplete.
     """
-    folder = Path(path)
+    folder = place(path)
     if not folder.exists():
         raise DistmtlError(f"checkpoint {path}: no such folder")
     if (folder / "checkpoints").is_dir():
@@ -100,7 +105,7 @@ def find_checkpoint(path: str) -> Checkpoint:
         if found is None:
             raise DistmtlError(f"run {path} has no complete checkpoint" + "".join(f"\n  {n}" for n in notes))
         best = found.manifest["loop"]["best_step"]
-        return _readable(found if best is None else checkpoint.read(folder / "checkpoints" / f"step-{best:09d}"))
+        return _readable(found if best is None else checkpoint.of_step(folder / "checkpoints", best))
     return _readable(checkpoint.read(folder))
 
 
@@ -115,18 +120,38 @@ def _readable(found: Checkpoint) -> Checkpoint:
 
 def is_own(found: Checkpoint, config: Config) -> bool:
     """Whether a checkpoint is the run's: it is continued then, not only started from."""
-    return found.path.parent.resolve() == (Path(config.run_dir) / "checkpoints").resolve()
+    return found.path.parent.resolve() == (place(config.run_dir) / "checkpoints").resolve()
 
 
 def checkpoint_config(found: Checkpoint) -> Config:
     return parse_config(found.manifest["config"], f"checkpoint {found.path}")
 
 
+def same_model(config: Config, found: Checkpoint) -> bool:
+    """Whether a checkpoint's tables and dense parameters are the config's, each and all."""
+    parts = {"features", "tasks", "model"}
+    return checkpoint_config(found).model_dump(include=parts) == config.model_dump(include=parts)
+
+
+def meaningless_tables(config: Config, found: Checkpoint) -> dict[str, str]:
+    """Table → why the rows that a checkpoint has of it are not what the config's ids would look up now."""
+    old = {f.name: f for f in checkpoint_config(found).embedded}
+    out = {}
+    for feature in config.embedded:
+        before = old.get(feature.name)
+        if before is None or before.table_name != feature.table_name:
+            continue
+        a, b = (f.model_dump(mode="json", exclude={"dim", "pooling"}) for f in (before, feature))
+        hashed = isinstance(feature, IdFeature) and feature.out_of_range == "hash"
+        if (hashed and a["rows"] != b["rows"]) or a.get("out_of_range") != b.get("out_of_range"):
+            out[feature.table_name] = f"is read by {feature.name!r}, whose ids are hashed or mapped to other rows now"
+        elif a.get("boundaries") != b.get("boundaries"):
+            out[feature.table_name] = f"is read by {feature.name!r}, whose boundaries are others now"
+    return out
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def _same(new: Config, old: Config, where: str, free: tuple[str, ...] = FREE) -> None:
@@ -136,7 +161,9 @@ def _same(new: Config, old: Config, where: str, free: tuple[str, ...] = FREE) ->
     differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not any(fnmatchcase(k, f) for f in free)]
     if differing:
         lines = "\n".join(f"  - {k}: {b.get(k)!r} there, {a.get(k)!r} now" for k in differing[:20])
-        raise DistmtlError(f"{where} was made with another config; use its values or another run.dir\n{lines}")
+        matching = all(any(fnmatchcase(k, f) for f in free + FREE_IF_MATCHING) for k in differing)
+        hint = "; --resume-policy matching loads what still fits" if matching else ""
+        raise DistmtlError(f"{where} was made with another config; use its values or another run.dir{hint}\n{lines}")
 
 
 def _same_data(train_set: Dataset, found: Checkpoint) -> None:

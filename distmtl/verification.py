@@ -31,6 +31,7 @@ from distmtl.model.loss import task_losses
 from distmtl.model.multitask import Head
 from distmtl.optim import dense_optimizer
 from distmtl.progress import Progress
+from distmtl.storage import place
 
 STEPS = 6
 MAX_TABLE_ROWS = 100_000  # larger tables are shrunk, their ids hashed into them
@@ -236,7 +237,7 @@ def loaded_state(config: Config) -> State:
     """What a run that continues from the newest checkpoint begins with: weights and optimizer state, whole."""
     with process_group(config) as process:
         training = Training(config, process, open_splits(config), Progress(None, False, print))
-        found, _ = checkpoint.newest(Path(config.run_dir) / "checkpoints")
+        found, _ = checkpoint.newest(place(config.run_dir) / "checkpoints")
         assert found is not None
         checkpoint.load(found, training.model, training.optimizers)
         fused = training.optimizers.fused.state_dict()["state"]

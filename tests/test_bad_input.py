@@ -430,7 +430,7 @@ def test_every_rank_ends_with_the_same_error(midrun, case):
     assert not list(folder.rglob("*.partial"))
     checkpoints = sorted(p.name for p in (folder / "run/checkpoints").iterdir())
     last = {"page": 2, "validation": 7, "loss skipped too often": 12}.get(case, 4)  # step 5 fails; the page is first read in step 3
-    assert checkpoints[-1] == f"step-{last:09d}" and not (folder / "run/result.json").exists()
+    assert checkpoints[-1] == f"step-{last:09d}-0" and not (folder / "run/result.json").exists()
 
 
 def test_more_ranks_than_streams(folder):
@@ -456,7 +456,7 @@ def test_a_skipped_loss_is_counted_and_leaves_the_weights_finite(folder):
     (note,) = records(parse_config(raw), "note")
     assert "step 5: the loss of rating is not finite" in note["text"] and "this step's update is left out (1 so far)" in note["text"]
     assert np.isfinite([m["click"]["logloss"] for m in result["metrics"].values()]).all()
-    manifest = json.loads((folder / f"run/checkpoints/step-{STEPS:09d}/manifest.json").read_text())
+    manifest = json.loads((folder / f"run/checkpoints/step-{STEPS:09d}-0/manifest.json").read_text())
     assert manifest["loop"]["skipped"] == 1
 
 
@@ -535,7 +535,7 @@ def file_renamed(f):
 def test_a_changed_data_set_is_refused_at_resume(copied, refused, alter):
     words = alter(copied)
     message = refused(config_of(copied, train=LONG))
-    assert message.startswith(f"data.train {copied}/data/train changed since checkpoint {copied}/run/checkpoints/step-000000004: ")
+    assert message.startswith(f"data.train {copied}/data/train changed since checkpoint {copied}/run/checkpoints/step-000000004-0: ")
     assert all(w in message for w in words) and "bring the files back, or start another run.dir" in message
 
 
@@ -555,7 +555,7 @@ OTHER = {
 def test_another_run_is_refused_by_field(copied, refused, case):
     sections, words = OTHER[case]
     message = refused(config_of(copied, **{"train": LONG, **sections}))
-    assert message.startswith(f"run.dir {copied}/run was made with another config; use its values or another run.dir\n")
+    assert message.startswith(f"run.dir {copied}/run was made with another config; use its values or another run.dir")
     assert message.count("\n") == len(words) and all(w in message for w in words)
 
 
@@ -611,7 +611,7 @@ def elsewhere(f):
 def test_resume_from_a_path(copied, refused):
     assert refused(elsewhere(copied), "--resume", str(copied / "no")) == f"checkpoint {copied}/no: no such folder"
     checkpoints = copied / "run/checkpoints"
-    newest = checkpoints / "step-000000004"
+    newest = checkpoints / "step-000000004-0"
 
     raw = elsewhere(copied)
     raw["features"][0]["rows"] += 1
@@ -635,18 +635,18 @@ def test_resume_from_a_path(copied, refused):
     (newest / "manifest.json").unlink()
     assert refused(elsewhere(copied), "--resume", str(newest)) == f"checkpoint {newest} is incomplete: it has no manifest.json"
 
-    (checkpoints / "step-000000002/manifest.json").unlink()
+    (checkpoints / "step-000000002-0/manifest.json").unlink()
     message = refused(elsewhere(copied), "--resume", str(copied / "run"))
     assert message.startswith(f"run {copied}/run has no complete checkpoint\n") and message.count("is incomplete") == 2
 
 
 def test_resume_from_a_path_starts_from_it(copied):
-    result = go(elsewhere(copied), str(copied / "run/checkpoints/step-000000002"))
+    result = go(elsewhere(copied), str(copied / "run/checkpoints/step-000000002-0"))
     assert result["steps"] == 6 and [r["step"] for r in records(parse_config(elsewhere(copied)), "train")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resume_auto_passes_over_damaged_checkpoints_and_says_so(copied):
-    newest = copied / "run/checkpoints/step-000000004"
+    newest = copied / "run/checkpoints/step-000000004-0"
     shard = next(newest.glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     config = parse_config(config_of(copied, train=LONG))
@@ -658,10 +658,10 @@ def test_resume_auto_passes_over_damaged_checkpoints_and_says_so(copied):
 
 def test_a_path_beside_the_runs_own_checkpoint_is_said_to_be_passed_over(copied):
     config = config_of(copied, train=LONG)
-    go(config, str(copied / "run/checkpoints/step-000000002"))
+    go(config, str(copied / "run/checkpoints/step-000000002-0"))
     (note,) = records(parse_config(config), "note")
     assert note["text"] == (
-        f"run.dir {copied}/run holds a checkpoint of its own, which goes before --resume {copied}/run/checkpoints/step-000000002"
+        f"run.dir {copied}/run holds a checkpoint of its own, which goes before --resume {copied}/run/checkpoints/step-000000002-0"
     )
 
 

@@ -29,7 +29,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tiny_data, tmp_path):
     stopped = run_world(_train_and_ask, 2, config, 100)[0]
     run = tmp_path / "stopped"
     assert stopped["stopped"] is True and 100 <= stopped["steps"] < 288
-    assert (run / "checkpoints" / f"step-{stopped['steps']:09d}" / "manifest.json").exists() and not (run / "STOP").exists()
+    assert (run / "checkpoints" / f"step-{stopped['steps']:09d}-0" / "manifest.json").exists() and not (run / "STOP").exists()
     resumed = train_world(config, 2)
     undisturbed = train_world(tiny.config(tiny_data, tmp_path / "undisturbed", train=TRAIN), 2)
     assert resumed["stopped"] is False and resumed["restarts"] == 1

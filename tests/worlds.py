@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from distmtl import checkpoint
 from distmtl.config import Config
 from distmtl.distributed.ranks import run_ranks as run_world
 
@@ -34,7 +35,7 @@ def saved_state(config: Config, step: int) -> dict[str, Any]:
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     with tempfile.NamedTemporaryFile() as file:
-        dcp_to_torch_save(Path(config.run_dir) / "checkpoints" / f"step-{step:09d}", file.name)
+        dcp_to_torch_save(checkpoint.of_step(Path(config.run_dir) / "checkpoints", step).path, file.name)
         state = torch.load(file.name, weights_only=False)
     state["dense"].seek(0)
     dense = torch.load(state.pop("dense"), weights_only=True)

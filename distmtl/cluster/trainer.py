@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of every worker without a GPU
 
+import pyarrow.fs
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -27,13 +28,15 @@ from distmtl.config import Config
 from distmtl.config_file import parse_config
 from distmtl.errors import DistmtlError
 from distmtl.progress import Report, print_record
+from distmtl.run_directory import ResumePolicy, open_run
+from distmtl.storage import absolute, is_remote, place
 
 R = TypeVar("R")
 
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 
 
-def train_on_ray(config: Config, resume: str = "auto", report: Report = print_record) -> dict[str, Any]:
+def train_on_ray(config: Config, resume: str = "auto", report: Report = print_record, policy: ResumePolicy = "strict") -> dict[str, Any]:
     """Train on `cluster.workers` Ray Train workers: of the cluster that RAY_ADDRESS or `ray start` offers, else of a local one.
 
     Config and data are checked here, before anything is started. Returns result.json's object.
@@ -44,19 +47,20 @@ def train_on_ray(config: Config, resume: str = "auto", report: Report = print_re
     from distmtl.loop import open_splits
     from distmtl.model.embeddings import FeatureVector
     from distmtl.model.multitask import Head
-    from distmtl.run_directory import open_run
 
     _refuse_fleeting_directory(config)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(Path(config.run_dir).resolve())})})
-    open_run(config, resume, open_splits(config)["train"])
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": absolute(config.run_dir)})})
+    open_run(config, resume, open_splits(config)["train"], policy)
     if config.model.kind == "plugin":  # the user's own code: better it fails here
         Head(config, FeatureVector(config).width)
     report({"kind": "note", "text": f"data and config are sound; starting {config.cluster.workers} Ray Train worker(s) …"})
     set_hang_timeout(config.cluster)
-    with session(config), following(Path(config.run_dir) / "metrics.jsonl", report):
+    with session(config), following(place(config.run_dir) / "metrics.jsonl", report):
         try:
             outcome = fit_with_retries(
-                lambda failures_left: _trainer(config, resume, failures_left).fit().return_value, config.cluster.max_failures, report
+                lambda failures_left: _trainer(config, resume, policy, failures_left).fit().return_value,
+                config.cluster.max_failures,
+                report,
             )
         except (TrainingFailedError, RayActorError) as e:
             raise DistmtlError(_reason(e, config)) from e
@@ -93,19 +97,27 @@ def off_main_thread(function: Callable[..., R], *arguments: Any) -> R:
     return future.result()
 
 
-def _trainer(config: Config, resume: str, max_failures: int) -> TorchTrainer:
+def _trainer(config: Config, resume: str, policy: ResumePolicy, max_failures: int) -> TorchTrainer:
     return TorchTrainer(
         work,
-        train_loop_config={"config": config.model_dump(mode="json"), "resume": "auto" if resume == "never" else resume},
+        train_loop_config={"config": config.model_dump(mode="json"), "resume": "auto" if resume == "never" else resume, "policy": policy},
         torch_config=ProcessGroupConfig(timeout_s=config.cluster.collective_timeout_s),
         scaling_config=scaling(config),
         run_config=RunConfig(
             name="train",
-            storage_path=str(Path(config.run_dir) / "ray"),
+            **_storage(place(config.run_dir) / "ray"),
             failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+
+
+def _storage(folder: Path) -> dict[str, Any]:
+    """Where Ray keeps its own little state; no weights are in it."""
+    if not is_remote(folder):
+        return {"storage_path": str(folder)}
+    handler = pyarrow.fs.FSSpecHandler(folder.fs)  # type: ignore[attr-defined]
+    return {"storage_path": folder.path, "storage_filesystem": pyarrow.fs.PyFileSystem(handler)}  # type: ignore[attr-defined]
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +128,10 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     from distmtl.loop import train
 
     try:
-        return {"result": train(parse_config(settings["config"]), settings["resume"], report=lambda record: None, checked=True)}
+        result = train(
+            parse_config(settings["config"]), settings["resume"], report=lambda record: None, checked=True, policy=settings["policy"]
+        )
+        return {"result": result}
     except DistmtlError as e:
         return {"error": str(e)}
 
@@ -204,7 +219,7 @@ def following(log: Path, report: Report) -> Iterator[None]:
 
 
 def _refuse_fleeting_directory(config: Config) -> None:
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(config.run_dir).is_absolute():
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and absolute(config.run_dir) != config.run_dir:
         raise DistmtlError(
             f"run.dir {config.run_dir} is relative, and a Ray job's working directory is a copy that goes with the job; "
             "set run.dir to an absolute path that every node sees"
@@ -220,7 +235,7 @@ def _reason(error: TrainingFailedError | RayActorError, config: Config) -> str:
     failures = getattr(error, "worker_failures", {}) or {}
     words = [f"rank {rank}: {_last_line(e)}" for rank, e in sorted(failures.items()) if str(e).strip()]
     text = "; ".join(words[:4]) or _last_line(error)
-    kept = any((Path(config.run_dir) / "checkpoints").glob("step-*/manifest.json"))
+    kept = any((place(config.run_dir) / "checkpoints").glob("step-*/manifest.json"))
     return (
         f"training failed, and cluster.max_failures={config.cluster.max_failures} allows no further restart: {text}\n"
         + (f"the newest checkpoint stays in {config.run_dir}; the same command continues from it. " if kept else "")

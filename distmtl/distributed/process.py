@@ -89,8 +89,8 @@ def backend_of(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def on_first_rank(process: Process, function: Callable[[], R]) -> R:
-    """Run on rank 0, give every rank the result, or raise rank 0's DistmtlError everywhere."""
+def on_first_rank(process: Process, function: Callable[[], R], group: dist.ProcessGroup | None = None) -> R:
+    """Run on rank 0, give every rank (of the group) the result, or raise rank 0's DistmtlError everywhere."""
     box: list[Any] = [None, None]
     if process.first:
         try:
@@ -98,7 +98,7 @@ def on_first_rank(process: Process, function: Callable[[], R]) -> R:
         except DistmtlError as e:
             box[1] = str(e)
     if process.world_size > 1:
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=group)
     if box[1] is not None:
         raise DistmtlError(box[1])
     return box[0]

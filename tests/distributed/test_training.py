@@ -118,7 +118,7 @@ def test_early_stopping_keeps_the_best_and_tests_with_it(tiny_data, tmp_path):
     assert result["best_step"] == best == result["steps"] - 24 and result["steps"] < 9 * 24
     assert result["metrics"]["test"]["click"]["logloss"] == result["metrics"]["validation"]["click"]["logloss"] == seen[best]
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == [f"step-{best:09d}", f"step-{result['steps']:09d}"]
+    assert kept == [f"step-{best:09d}-0", f"step-{result['steps']:09d}-0"]
 
 
 def nothing_known(config):
@@ -159,15 +159,15 @@ def test_unfinished_and_foreign_checkpoints_are_passed_over(tiny_data, tmp_path)
     config = tiny_config(tiny_data, tmp_path / "run", steps=6, eval_every=2, keep=9)
     train_world(config, 2)
     folder = tmp_path / "run" / "checkpoints"
-    (folder / "step-000000006" / "manifest.json").unlink()
-    shard = folder / "step-000000004" / "__0_0.distcp"
+    (folder / "step-000000006-0" / "manifest.json").unlink()
+    shard = folder / "step-000000004-0" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
     train_world(config, 2)
     start = records(config, "start")[-1]
     assert start["step"] == 2 and "step-000000002" in start["text"]
     said = " ".join(r["text"] for r in records(config, "note"))
-    assert "step-000000006 is incomplete" in said and "step-000000004 is damaged: __0_0.distcp" in said
-    assert (folder / "step-000000006" / "manifest.json").exists()
+    assert "step-000000006-0 is incomplete" in said and "step-000000004-0 is damaged: __0_0.distcp" in said
+    assert (folder / "step-000000006-1" / "manifest.json").exists()
 
 
 def test_more_workers_than_streams(tiny_data, tmp_path):
@@ -212,13 +212,13 @@ def test_a_checkpoint_loads_at_another_world_size_and_plan(tiny_data, tmp_path):
 
 def state_after_loading(config):
     """What a resumed run begins with: saved again at once, under another step's name."""
-    from dataclasses import replace
     from pathlib import Path
 
     from distmtl import checkpoint
     from distmtl.distributed.process import process_group
     from distmtl.loop import Training, open_splits
     from distmtl.progress import Progress
+    from distmtl.saving import Saver
 
     with process_group(config) as process:
         training = Training(config, process, open_splits(config), Progress(None, False, print))
@@ -227,12 +227,9 @@ def state_after_loading(config):
             return None
         checkpoint.load(found, training.model, training.optimizers)
         folder = Path(config.run_dir + "-again") / "checkpoints"
-        checkpoint.save(folder, training.model, training.optimizers, {"step": found.step})
-        import torch.distributed as dist
-
-        dist.barrier()
+        saver = Saver(folder, training.model, training.optimizers, process, attempt=0, background=False, keep=9)
+        saver.save({"step": found.step}, best_step=None)
         again = config.model_copy(update={"run": config.run.model_copy(update={"dir": config.run_dir + "-again"})})
-        assert replace(found, path=folder / found.path.name).path.exists()
         return saved_state(again, found.step) if process.first else None
 
 
@@ -274,10 +271,10 @@ def test_a_course_that_was_given_up_does_not_live_on(tiny_data, tmp_path):
     train_world(config, 1)
     folder = tmp_path / "run" / "checkpoints"
     for step in (12, 16):
-        shard = folder / f"step-{step:09d}" / "__0_0.distcp"
+        shard = folder / f"step-{step:09d}-0" / "__0_0.distcp"
         shard.write_bytes(shard.read_bytes()[:-1])
     train_world(tiny_config(tiny_data, tmp_path / "run", steps=11, save_every=1, eval_every=100, keep=2), 1)
-    assert sorted(p.name for p in folder.iterdir()) == ["step-000000010", "step-000000011"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000000010-1", "step-000000011-1"]
 
 
 def test_early_stopping_and_monitor_may_change(tiny_data, tmp_path):
@@ -304,4 +301,4 @@ def test_what_was_trained_is_saved_before_a_failing_evaluation_is_raised(tiny_da
     config = tiny.config(tiny_data, tmp_path / "run", data={"validation": str(tmp_path / "one_class")}, train={"monitor": "click.auc"})
     with pytest.raises(DistmtlError, match="auc"):
         train_world(config, 2)
-    assert (tmp_path / "run" / "checkpoints" / "step-000000024" / "manifest.json").exists()
+    assert (tmp_path / "run" / "checkpoints" / "step-000000024-0" / "manifest.json").exists()

@@ -50,7 +50,7 @@ def test_sigterm_saves_first_and_the_same_command_goes_on(tiny_data, tmp_path):
     assert process.returncode == 0, err
     stopped = json.loads(out.splitlines()[-1])
     assert stopped["stopped"] is True and 300 <= stopped["steps"] < 1440
-    assert (run / "checkpoints" / f"step-{stopped['steps']:09d}" / "manifest.json").exists()
+    assert (run / "checkpoints" / f"step-{stopped['steps']:09d}-0" / "manifest.json").exists()
     assert not (run / "STOP").exists()
     process = start("train", config, "--workers", 2)
     out, err = process.communicate(timeout=240)
