@@ -80,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
         "distmtl train configs/synthetic.yaml train.epochs=2 --workers 2",
     )
     config_arguments(p)
-    p.add_argument("--workers", type=int, metavar="N", help="shorthand for cluster.workers=N")
+    p.add_argument(
+        "--workers", type=workers, metavar="N|MIN-MAX", help="shorthand for cluster.workers; MIN-MAX: as many as the cluster has room for"
+    )  # fmt: skip
     p.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH",
         help="continue the run in run.dir (auto, the default), insist on a new one (never), or start from a checkpoint",
@@ -214,6 +216,14 @@ def verify(a: argparse.Namespace) -> int:
     failed = [c for c in run(load_config(a.config, a.overrides), a.workers) if not c.passed]
     print(f"{len(failed)} check(s) failed" if failed else "all checks passed")
     return len(failed) > 0
+
+
+def workers(text: str) -> str:
+    """A number of workers, or a range of them, as YAML."""
+    numbers = text.split("-")
+    if len(numbers) > 2 or not all(n.isdecimal() for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor MIN-MAX, such as 2-8")
+    return numbers[0] if len(numbers) == 1 else f"{{min: {numbers[0]}, max: {numbers[1]}}}"
 
 
 def world_sizes(text: str) -> list[int]:

@@ -13,6 +13,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    model_serializer,
     model_validator,
 )
 
@@ -400,12 +401,43 @@ class EvaluationConfig(Strict):
     )
 
 
+class Workers(Strict):
+    """A plain number, or {min: …, max: …}: as many as the cluster has places for, fewer or more while the run goes on."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if not isinstance(value, int):
+            return value
+        if isinstance(value, bool) or value < 1:
+            raise ValueError(f"must be a number of at least 1, or {{min: …, max: …}}, got {value}")
+        return {"min": value, "max": value}
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} exceeds max {self.max}")
+        return self
+
+    @model_serializer
+    def _short(self) -> int | dict[str, int]:
+        return self.min if self.min == self.max else {"min": self.min, "max": self.max}
+
+    def __str__(self) -> str:
+        return str(self.min) if self.min == self.max else f"{self.min} to {self.max}"
+
+
 class ClusterConfig(Strict):
-    workers: PositiveInt = Field(1, description="Processes; tables are sharded over them.")
+    workers: Workers = Field(Workers(min=1, max=1), description="Processes, a number or {min, max}; tables are sharded over them.")
     cpus_per_worker: PositiveInt = Field(1, description="CPU cores, and threads, of a worker.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where every worker can have one.")
-    max_failures: NonNegativeInt = Field(3, description="Restarts from the newest checkpoint before giving up.")
+    max_failures: NonNegativeInt = Field(3, description="Failures without a new checkpoint in between before giving up.")
     collective_timeout_s: PositiveInt = Field(300, description="A worker silent for this long counts as hung.")
+    place_timeout_s: PositiveInt = Field(1800, description="Give up when the cluster has no places for `workers` for this long.")
+    resize_every_s: PositiveInt = Field(60, description="With {min, max}: how often to look for places of further workers.")
 
 
 class RunConfig(Strict):
@@ -500,7 +532,7 @@ def _clashes(config: Config) -> list[str]:
 
 def _sizes(config: Config) -> list[str]:
     out: list[str] = []
-    streams, batch, workers = config.data.num_streams, config.train.global_batch_size, config.cluster.workers
+    streams, batch, workers = config.data.num_streams, config.train.global_batch_size, config.cluster.workers.max
     if batch % streams:
         out.append(
             f"train.global_batch_size {batch} is not divisible by data.num_streams {streams}; try {max(batch // streams, 1) * streams}"

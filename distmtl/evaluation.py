@@ -36,7 +36,6 @@ def evaluate(path: str, data: str | None = None, split: str | None = None) -> di
     """
     found = find_checkpoint(path)
     config = checkpoint_config(found)
-    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": 1})})
     name = "data" if data else split or ("test" if config.data.test else "validation")
     where = data or getattr(config.data, name)
     if not where:

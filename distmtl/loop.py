@@ -35,7 +35,7 @@ from distmtl.optim import Optimizers
 from distmtl.progress import Progress, Report, print_record
 from distmtl.run_directory import ResumePolicy, is_own, meaningless_tables, open_run, same_model, write_json
 from distmtl.saving import Saver
-from distmtl.stopping import asked_to_stop, forget_request, steps_between_looks
+from distmtl.stopping import Request, asked, forget, steps_between_looks
 from distmtl.storage import absolute, place, write_whole
 from distmtl.versions import git_commit, versions
 
@@ -132,7 +132,7 @@ class Training:
         )
         self.pipeline = make_pipeline(self.model, self.optimizers, process.device)
         self.restarts = 0
-        self.stopped = False  # asked to end before the last step; not part of the state: a continued run goes on
+        self.asked: Request | None = None  # what the run was last asked to do
         self.look_at = 0  # step at which to look for such a request
         self.meter = Meter(len(config.tasks), process.device)
         self.measured: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}  # metrics of the step just evaluated
@@ -215,8 +215,8 @@ class Training:
                     self._log()
                 evaluating = "validation" in self.splits and (state.step % eval_every == 0 or ending)
                 failure = self._evaluate() if evaluating else None
-                self.stopped = not ending and not self.stops_early and self._asked_to_stop()
-                if evaluating or ending or self.stopped or state.step % (config.save_every or eval_every) == 0:
+                self.asked = None if ending or self.stops_early else self._look()
+                if evaluating or ending or self.asked or state.step % (config.save_every or eval_every) == 0:
                     self._save()
                 self._say_saved()
                 if failure:
@@ -224,6 +224,11 @@ class Training:
         batches.close()
         self.saver.wait()
         self._say_saved()
+
+    @property
+    def stopped(self) -> bool:
+        """Asked to end before the last step. Not part of the state: a continued run goes on."""
+        return self.asked in (Request.STOP, Request.MOVE)
 
     @property
     def stops_early(self) -> bool:
@@ -249,9 +254,7 @@ class Training:
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint, write result.json. A stopped run ends without: there may be little time left."""
         state, process = self.state, self.process
-        if self.stopped:
-            self._say_stopped()
-        elif state.best_step is not None and state.best_step != state.step:
+        if not self.stopped and state.best_step is not None and state.best_step != state.step:
             best_step = state.best_step
             best = on_first_rank(process, lambda: checkpoint.of_step(self.folder / "checkpoints", best_step))
             checkpoint.load(best, self.model, self.optimizers)
@@ -284,6 +287,8 @@ class Training:
         }
         if process.first:
             write_json(self.folder / "result.json", result)
+            if self.stopped and self.asked:
+                forget(self.folder, self.asked)  # not before: who is killed while saving is still to stop
         self.progress.say("end", step=state.step, result=result)
         return result
 
@@ -362,20 +367,20 @@ class Training:
             self.progress.say("note", step=state.step, text=text)
         return None
 
-    def _asked_to_stop(self) -> bool:
-        """Rank 0 looks about once a second and tells the others: all of them must stop at the same step."""
+    def _look(self) -> Request | None:
+        """Rank 0 looks for a request about once a second and tells the others: all of them must answer it at the same step."""
         if self.state.step < self.look_at:
-            return False
+            return None
         pace = self.state.step, self.state.seconds
-        asked, steps = on_first_rank(self.process, lambda: (asked_to_stop(self.folder), steps_between_looks(*pace)))
+        request, steps = on_first_rank(self.process, lambda: (asked(self.folder), steps_between_looks(*pace)))
         self.look_at = self.state.step + steps
-        return asked
-
-    def _say_stopped(self) -> None:
-        if self.process.first:
-            forget_request(self.folder)
-        text = f"stopped on request at step {self.state.step} of {self.total_steps}, checkpoint saved; the same command continues"
-        self.progress.say("note", step=self.state.step, text=text)
+        if request:
+            then = {Request.STOP: "; the same command continues", Request.MOVE: "; going on with other workers", Request.SAVE: ""}[request]
+            text = f"asked to {request.lower()}: a checkpoint is saved at step {self.state.step} of {self.total_steps}{then}"
+            self.progress.say("note", step=self.state.step, text=text)
+        if request == Request.SAVE and self.process.first:
+            forget(self.folder, request)
+        return request
 
     def _measure(self, split: str) -> tuple[float, dict[str, dict[str, Any]]]:
         if isinstance(self.pipeline, TrainPipelineSparseDist):

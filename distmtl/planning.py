@@ -410,7 +410,7 @@ def measure(config: Config, hardware: Hardware, steps: int = 20, warm_up: int = 
         update={
             "data": config.data.model_copy(update={"validation": None, "test": None}),
             "train": config.train.model_copy(update={"early_stopping": None, "profile": None}),
-            "cluster": config.cluster.model_copy(update={"workers": 1, "device": "cpu"}),
+            "cluster": config.cluster.model_copy(update={"device": "cpu"}),
         }
     )
     predicted = plan_world(one, hardware, 1)

@@ -1,7 +1,8 @@
-"""Stopping a run before its end without losing a step: a file STOP in its directory, which SIGTERM and Ctrl-C make.
+"""What a running loop may be asked to do, by a file in its directory: `touch RUN/STOP`, `touch RUN/SAVE`.
 
-`touch RUN/STOP` does it by hand. The loop saves a checkpoint, takes the file away and returns a result with "stopped": true;
-the same command continues the run.
+STOP (SIGTERM and Ctrl-C make it): the loop saves a checkpoint and returns a result with "stopped": true; the same command continues
+the run. SAVE: it saves a checkpoint and goes on. MOVE is the launcher's own: as STOP, and the launcher continues it at once on
+other workers.
 """
 
 from __future__ import annotations
@@ -11,11 +12,19 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 
-STOP = "STOP"
-LOOK_EVERY_S = 1.0  # how often the loop looks for the file; every look costs a small broadcast
+LOOK_EVERY_S = 1.0  # how often the loop looks for a file; every look costs a small broadcast
+
+
+class Request(StrEnum):
+    """The name of the file that asks. Of several, the first of these is answered."""
+
+    STOP = "STOP"
+    MOVE = "MOVE"
+    SAVE = "SAVE"
 
 
 @dataclass
@@ -27,9 +36,9 @@ class StopRequest:
 def stop_on_signals(folder: Path) -> Iterator[StopRequest]:
     """SIGTERM and Ctrl-C ask the run in `folder` to save a checkpoint and end; a second one ends this process at once."""
     request = StopRequest()
-    file = folder / STOP
+    file = folder / Request.STOP
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def heed(number: int, frame: FrameType | None) -> None:
         if request.signal is not None:
             raise KeyboardInterrupt
         try:
@@ -41,7 +50,7 @@ def stop_on_signals(folder: Path) -> Iterator[StopRequest]:
             os.write(2, b"stopping: a checkpoint is saved first; once more to end at once\n")
 
     _clear(folder)
-    former = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    former = {s: signal.signal(s, heed) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request
     finally:
@@ -50,8 +59,19 @@ def stop_on_signals(folder: Path) -> Iterator[StopRequest]:
         _clear(folder)
 
 
-def asked_to_stop(folder: Path) -> bool:
-    return (folder / STOP).exists()
+def ask(folder: Path, request: Request) -> None:
+    (folder / request).touch()
+
+
+def asked(folder: Path) -> Request | None:
+    """What is asked of the run in a folder, if anything is."""
+    return next((r for r in Request if (folder / r).exists()), None)
+
+
+def forget(folder: Path, *requests: Request) -> None:
+    """Take requests away: they were answered, or are of another time."""
+    for request in requests:
+        (folder / request).unlink(missing_ok=True)
 
 
 def steps_between_looks(steps: int, seconds: float) -> int:
@@ -59,10 +79,6 @@ def steps_between_looks(steps: int, seconds: float) -> int:
     return max(1, int(LOOK_EVERY_S * steps / max(seconds, 1e-9)))
 
 
-def forget_request(folder: Path) -> None:
-    (folder / STOP).unlink(missing_ok=True)
-
-
 def _clear(folder: Path) -> None:
     if (folder / "config.yaml").exists():  # a run's directory, not somebody else's
-        forget_request(folder)
+        forget(folder, *Request)

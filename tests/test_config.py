@@ -130,6 +130,12 @@ ONE = {  # place, value → the only mistake
     "workers": (
         "cluster.workers", 9, "cluster.workers 9 exceeds data.num_streams 8: a worker owns at least one stream; raise num_streams",
     ),
+    "no workers": ("cluster.workers", 0, "cluster.workers: must be a number of at least 1, or {min: …, max: …}, got 0"),
+    "workers turned round": ("cluster.workers", {"min": 3, "max": 2}, "cluster.workers: min 3 exceeds max 2"),
+    "too many at most": (
+        "cluster.workers", {"min": 1, "max": 9},
+        "cluster.workers 9 exceeds data.num_streams 8: a worker owns at least one stream; raise num_streams",
+    ),
     "batch": ("train.global_batch_size", 100, "train.global_batch_size 100 is not divisible by data.num_streams 8; try 96"),
     "small batch": ("train.global_batch_size", 5, "train.global_batch_size 5 is not divisible by data.num_streams 8; try 8"),
     "column split": (
@@ -258,6 +264,9 @@ def test_dump_reads_back_the_same(tmp_path):
     assert parse_config(config.model_dump(mode="json")) == config  # what goes to workers and into checkpoints
     plain = parse_config(raw())
     assert load_config(write(tmp_path, dump_config(plain))) == plain
+    elastic = load_config(write(tmp_path, dump_config(plain)), ["cluster.workers={min: 2, max: 4}"])
+    assert (elastic.cluster.workers.min, elastic.cluster.workers.max) == (2, 4)
+    assert load_config(write(tmp_path, dump_config(elastic))) == elastic
 
 
 def test_frozen():
@@ -345,3 +354,14 @@ def test_defaults_of_names():
     config = parse_config(raw())
     assert isinstance(config.tasks[0], BinaryTask) and [t.column for t in config.tasks] == ["click", "conversion", "rating"]
     assert [(f.source, f.table_name) for f in config.embedded][-1] == ("x", "x_bucket")
+
+
+@pytest.mark.parametrize(("given", "low", "high"), [("3", 3, 3), ("2-4", 2, 4)])
+def test_workers_on_the_command_line(tmp_path, given, low, high):
+    from distmtl.__main__ import parse
+
+    workers = parse(["train", "c.yaml", "--workers", given]).workers
+    config = load_config(write(tmp_path, raw()), [f"cluster.workers={workers}"])
+    assert (config.cluster.workers.min, config.cluster.workers.max) == (low, high)
+    with pytest.raises(SystemExit):
+        parse(["train", "c.yaml", "--workers", "2-3-4"])

@@ -61,7 +61,7 @@ def test_rayjob_runs_a_command_that_its_workers_can_hold():
     assert arguments.command == "train" and arguments.overrides == ["run.dir=/shared/runs/mine"]
     (workers,) = RAYJOB["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     cpus = workers["replicas"] * int(workers["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
-    assert arguments.workers == cpus and workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+    assert int(arguments.workers) == cpus and workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
 
 
 def test_versions_agree():

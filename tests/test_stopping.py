@@ -19,7 +19,7 @@ def _train_and_ask(config, step: int):
 
     def ask(record) -> None:
         if record["kind"] == "train" and record["step"] == step:
-            (Path(config.run_dir) / stopping.STOP).touch()
+            (Path(config.run_dir) / stopping.Request.STOP).touch()
 
     return train(config, report=ask)
 
@@ -45,14 +45,14 @@ def run(tmp_path):
 
 def test_a_signal_asks_and_the_second_ends(run):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    (run / stopping.STOP).touch()  # left over from an attempt that was killed
+    (run / stopping.Request.STOP).touch()  # left over from an attempt that was killed
     with stopping.stop_on_signals(run) as request:
-        assert not stopping.asked_to_stop(run)
+        assert stopping.asked(run) is None
         signal.raise_signal(signal.SIGTERM)
-        assert stopping.asked_to_stop(run) and request.signal == signal.SIGTERM
+        assert stopping.asked(run) == stopping.Request.STOP and request.signal == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert not stopping.asked_to_stop(run)
+    assert stopping.asked(run) is None
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
@@ -63,10 +63,10 @@ def test_before_there_is_a_run_a_signal_ends_at_once(tmp_path):
 
 
 def test_a_foreign_directory_keeps_its_file(tmp_path):
-    (tmp_path / stopping.STOP).touch()
+    (tmp_path / stopping.Request.STOP).touch()
     with stopping.stop_on_signals(tmp_path):
         pass
-    assert (tmp_path / stopping.STOP).exists()
+    assert (tmp_path / stopping.Request.STOP).exists()
 
 
 def test_looks_are_about_a_second_apart():

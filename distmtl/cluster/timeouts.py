@@ -16,7 +16,11 @@ DRIVER = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # its actor logs an error at every start
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # 30: leaving a process group that a dead or stuck worker belongs to
 }
-RETRY_WAIT_S = (2, 5, 15, 30)  # before the 1st, 2nd … restart of Ray's controller; the last one for all further ones
+RETRY_WAIT_S = (0, 2, 5, 15, 30)  # before the restart after the 1st, 2nd … failure in a row; the last one for all further ones
+LOOK_EVERY_S = 1.0  # how often the driver looks for nodes that leave or come
+RELEASE_S = 10.0  # a failed attempt's places are free again after a moment; then it is begun with what there is
+SAY_EVERY_S = 30.0  # between two lines that say what is waited for
+LAST_SAVE_S = 15.0  # before a node goes, where the run cannot move away from it
 
 
 def set_timeouts() -> None:
@@ -29,6 +33,6 @@ def set_hang_timeout(cluster: ClusterConfig) -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(cluster.collective_timeout_s))
 
 
-def retry_wait_s(attempt: int) -> float:
-    """Seconds before restart number `attempt` (from 0)."""
-    return RETRY_WAIT_S[min(attempt, len(RETRY_WAIT_S) - 1)]
+def retry_wait_s(failures: int) -> float:
+    """Seconds before a restart, after so many failures in a row before this one."""
+    return RETRY_WAIT_S[min(failures, len(RETRY_WAIT_S) - 1)]

@@ -1,4 +1,4 @@
-"""train_on_ray(): the loop on Ray Train workers, restarted from the newest complete checkpoint when one of them dies."""
+"""train_on_ray(): the loop on Ray Train workers."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ import json
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of every worker without a GPU
 
 import pyarrow.fs
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from distmtl.cluster.network import ProcessGroupConfig
-from distmtl.cluster.timeouts import retry_wait_s, set_hang_timeout
-from distmtl.config import Config
+from distmtl.cluster.places import nodes, worker_resources
+from distmtl.cluster.supervision import Supervisor, last_line
+from distmtl.cluster.timeouts import set_hang_timeout
+from distmtl.config import ClusterConfig, Config
 from distmtl.config_file import parse_config
 from distmtl.errors import DistmtlError
 from distmtl.progress import Report, print_record
 from distmtl.run_directory import ResumePolicy, open_run
 from distmtl.storage import absolute, is_remote, place
-
-R = TypeVar("R")
 
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 
@@ -42,7 +39,7 @@ def train_on_ray(config: Config, resume: str = "auto", report: Report = print_re
     Config and data are checked here, before anything is started. Returns result.json's object.
 
     Raises:
-        DistmtlError: what a retry cannot mend, or more failures than cluster.max_failures.
+        DistmtlError: what a retry cannot mend, or more failures in a row than cluster.max_failures.
     """
     from distmtl.loop import open_splits
     from distmtl.model.embeddings import FeatureVector
@@ -55,58 +52,31 @@ def train_on_ray(config: Config, resume: str = "auto", report: Report = print_re
         Head(config, FeatureVector(config).width)
     report({"kind": "note", "text": f"data and config are sound; starting {config.cluster.workers} Ray Train worker(s) …"})
     set_hang_timeout(config.cluster)
-    with session(config), following(place(config.run_dir) / "metrics.jsonl", report):
-        try:
-            outcome = fit_with_retries(
-                lambda failures_left: _trainer(config, resume, policy, failures_left).fit().return_value,
-                config.cluster.max_failures,
-                report,
-            )
-        except (TrainingFailedError, RayActorError) as e:
-            raise DistmtlError(_reason(e, config)) from e
+    folder = place(config.run_dir)
+    with session(config), following(folder / "metrics.jsonl", report):
+        worker = worker_resources(config.cluster, use_gpu=_use_gpu(config.cluster))
+        outcome = Supervisor(
+            config.cluster,
+            folder,
+            attempt=lambda workers: _trainer(config, resume, policy, workers, worker).fit().return_value,
+            places=lambda: nodes(worker),
+            report=report,
+        ).run()
     if "error" in outcome:
         raise DistmtlError(outcome["error"])
     return outcome["result"]
 
 
-def fit_with_retries(fit: Callable[[int], R], max_failures: int, report: Report) -> R:
-    """fit(failures left), again where Ray's controller itself failed: Ray restarts workers, but gives up when its controller cannot
-    make their process group (a node that dies meanwhile) or dies. Every such restart costs one of `max_failures`."""
-    for attempt in range(max_failures):
-        try:
-            return off_main_thread(fit, max_failures - attempt)
-        except (ControllerError, RayActorError) as e:
-            wait = retry_wait_s(attempt)
-            why = "it died" if isinstance(e, RayActorError) else _last_line(e)
-            report({"kind": "note", "text": f"Ray's controller failed: {why}; starting it again in {wait:g} s"})
-            time.sleep(wait)
-    return off_main_thread(fit, 0)
-
-
-def off_main_thread(function: Callable[..., R], *arguments: Any) -> R:
-    """On the main thread Ray Train answers Ctrl-C by aborting without a checkpoint, and a wait inside Ray holds back our own handlers."""
-    future: Future[R] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as e:
-            future.set_exception(e)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future.result()
-
-
-def _trainer(config: Config, resume: str, policy: ResumePolicy, max_failures: int) -> TorchTrainer:
+def _trainer(config: Config, resume: str, policy: ResumePolicy, workers: int, worker: dict[str, int]) -> TorchTrainer:
     return TorchTrainer(
         work,
         train_loop_config={"config": config.model_dump(mode="json"), "resume": "auto" if resume == "never" else resume, "policy": policy},
         torch_config=ProcessGroupConfig(timeout_s=config.cluster.collective_timeout_s),
-        scaling_config=scaling(config),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in worker, resources_per_worker=worker),
         run_config=RunConfig(
             name="train",
             **_storage(place(config.run_dir) / "ray"),
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),  # the Supervisor restarts
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -168,24 +138,26 @@ def _connect(address: str, config: Config, settings: dict[str, Any]) -> None:
         except (ConnectionError, RayError) as e:
             if address != "auto":
                 raise DistmtlError(
-                    f"no Ray cluster answers at RAY_ADDRESS={address}: {_last_line(e)}; unset RAY_ADDRESS to train on this machine, "
+                    f"no Ray cluster answers at RAY_ADDRESS={address}: {last_line(e)}; unset RAY_ADDRESS to train on this machine, "
                     "and where the cluster wants a token, export RAY_AUTH_MODE=token"
                 ) from e
-    cpus = max(os.cpu_count() or 1, config.cluster.workers * config.cluster.cpus_per_worker)
+    cpus = max(os.cpu_count() or 1, config.cluster.workers.max * config.cluster.cpus_per_worker)
     ray.init(**settings, address="local", num_cpus=cpus)
 
 
-def scaling(config: Config) -> ScalingConfig:
-    cluster, there = config.cluster, ray.cluster_resources()
-    gpus = there.get("GPU", 0)
-    use_gpu = cluster.device == "cuda" or (cluster.device == "auto" and gpus >= cluster.workers)
-    wanted = {"CPU": cluster.workers * cluster.cpus_per_worker} | ({"GPU": cluster.workers} if use_gpu else {})
-    lacking = [f"{int(there.get(k, 0))} {k}s, but {cluster.workers} workers want {n}" for k, n in wanted.items() if there.get(k, 0) < n]
+def _use_gpu(cluster: ClusterConfig) -> bool:
+    """Whether workers get a GPU each.
+
+    Raises:
+        DistmtlError: the cluster has no places for that many workers.
+    """
+    there, least = ray.cluster_resources(), cluster.workers.min
+    use_gpu = cluster.device == "cuda" or (cluster.device == "auto" and there.get("GPU", 0) >= least)
+    wanted = {name: least * amount for name, amount in worker_resources(cluster, use_gpu).items()}
+    lacking = [f"{int(there.get(k, 0))} {k}s, but {least} workers want {n}" for k, n in wanted.items() if there.get(k, 0) < n]
     if lacking:
         raise DistmtlError(f"the Ray cluster has {' and '.join(lacking)}; lower cluster.workers or cpus_per_worker, or add nodes")
-    return ScalingConfig(
-        num_workers=cluster.workers, use_gpu=use_gpu, resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": int(use_gpu)}
-    )
+    return use_gpu
 
 
 @contextmanager
@@ -224,20 +196,3 @@ def _refuse_fleeting_directory(config: Config) -> None:
             f"run.dir {config.run_dir} is relative, and a Ray job's working directory is a copy that goes with the job; "
             "set run.dir to an absolute path that every node sees"
         )
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def _reason(error: TrainingFailedError | RayActorError, config: Config) -> str:
-    """The workers' own words, without the tracebacks."""
-    failures = getattr(error, "worker_failures", {}) or {}
-    words = [f"rank {rank}: {_last_line(e)}" for rank, e in sorted(failures.items()) if str(e).strip()]
-    text = "; ".join(words[:4]) or _last_line(error)
-    kept = any((place(config.run_dir) / "checkpoints").glob("step-*/manifest.json"))
-    return (
-        f"training failed, and cluster.max_failures={config.cluster.max_failures} allows no further restart: {text}\n"
-        + (f"the newest checkpoint stays in {config.run_dir}; the same command continues from it. " if kept else "")
-        + "Workers' logs: the newest session_*/logs/train under Ray's temporary folder; --debug shows the traceback"
-    )
