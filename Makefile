@@ -9,7 +9,7 @@ TORCHREC := torchrec==1.8.0
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint clean
+.PHONY: help install install-dev quickstart test test-slow chaos lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ test: install-dev ## run every test that is not slow and needs no GPU
 
 test-slow: install-dev ## run the slow tests
 	@$(PYTEST) -m "slow and not gpu"
+
+chaos: install-dev ## 24 random failures against a run on several nodes, on a fixed number of workers, then elastic (root, half an hour)
+	@$(BIN)/python tests/chaos.py --workers 2
+	@$(BIN)/python tests/chaos.py --workers 1-2
 
 lint: install-dev ## ruff, mypy, import-linter
 	@$(BIN)/ruff check .

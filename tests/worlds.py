@@ -14,9 +14,9 @@ from distmtl.config import Config
 from distmtl.distributed.ranks import run_ranks as run_world
 
 
-def train_world(config: Config, world_size: int, resume: str = "auto") -> dict[str, Any]:
+def train_world(config: Config, world_size: int, resume: str = "auto", timeout_s: float = 120) -> dict[str, Any]:
     """train() on every rank; rank 0's result."""
-    return run_world(_train, world_size, config, resume)[0]
+    return run_world(_train, world_size, config, resume, timeout_s=timeout_s)[0]
 
 
 def _train(config: Config, resume: str) -> dict[str, Any]:
