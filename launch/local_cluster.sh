@@ -128,6 +128,7 @@ case ${1:-} in
     ;;
   run)
     [ $# -gt 1 ] || fail "run what?"
+    [ -z "$netns" ] || [ -e "$dir/head.pid" ] || fail "no cluster in $dir"
     shift
     # shellcheck disable=SC2086 # several words
     exec ${netns:+ip netns exec "$netns-head"} env $settings "$@"
