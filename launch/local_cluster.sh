@@ -43,7 +43,7 @@ launch() { # NAME ARGUMENT… — a node in a process group of its own, so that 
     ${netns:+--node-ip-address "$(address "$name")"} "$@" > "$dir/$name.log" 2>&1 &
   echo $! > "$dir/$name.pid"
   for _ in $(seq 600); do
-    grep -q "Ray runtime started" "$dir/$name.log" && return
+    grep -qs "Ray runtime started" "$dir/$name.log" && return
     kill -0 "$(cat "$dir/$name.pid")" 2> /dev/null || break
     sleep 0.2
   done
