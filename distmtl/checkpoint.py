@@ -2,7 +2,7 @@
 
 <run>/checkpoints/step-000001000-0/     the 0: the run's attempt that wrote it; a rank left over from another one cannot touch it
     __0_0.distcp …   shards        .metadata   DCP's own index
-    manifest.json    written last and in one move: what, where, and the size of every file
+    manifest.json    written last and in one move: what, where, and the size and CRC-32 of every file
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from __future__ import annotations
 import io
 import json
 import re
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +29,13 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, Fsspec
 from torch.distributed.checkpoint.api import CheckpointException
 
 from distmtl.errors import DistmtlError
-from distmtl.storage import is_remote, remove_tree, write_whole
+from distmtl.storage import is_remote, place, remove_tree, sizes, write_whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+VISIBLE_WITHIN_S = 60.0  # a shared disk may show a machine what another one wrote only after a while
+READ_BYTES = 1 << 22
+NAME = re.compile(r"step-(\d+)-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,13 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.manifest["step"])
 
+    def __reduce__(self) -> Any:  # told to other ranks; fsspec's paths cannot all be pickled
+        return _at, (str(self.path), self.manifest)
+
+
+def _at(path: str, manifest: dict[str, Any]) -> Checkpoint:
+    return Checkpoint(place(path), manifest)
+
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
@@ -51,44 +65,132 @@ def prepare(path: Path) -> None:
     try:
         remove_tree(path)
         path.mkdir(parents=True)
-    except OSError as e:
-        raise DistmtlError(f"checkpoint {path} could not be written: {e.strerror or e}") from None
+    except Exception as e:  # object stores raise what they like
+        raise DistmtlError(f"checkpoint {path} could not be written: {_reason(e)}") from e
 
 
-def write(path: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Every rank's own part of a state; all ranks of the group call it.
+def write(path: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, int]:
+    """Every rank's own part of a state; all ranks of the group call it. Rank 0 gets the CRC-32 of every file.
 
     Raises:
         DistmtlError: a rank could not write, on all of them.
     """
-    storage = FsspecWriter(str(path), sync_files=False) if is_remote(path) else FileSystemWriter(path, single_file_per_rank=True)
+    storage = (
+        FsspecWriter(str(path), sync_files=False, use_listings_cache=False)
+        if is_remote(path)
+        else FileSystemWriter(path, single_file_per_rank=True)
+    )
+    storage.fs = files = SummingFiles(storage.fs)
     try:
         dcp.save(state, storage_writer=storage, process_group=group)
     except CheckpointException as e:  # every rank hears of it
         raise DistmtlError(f"checkpoint {path} could not be written: {_causes(e)}") from e
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, files.sums, group=group)
+    return {name: number for sums in everyone for name, number in sums.items()}
 
 
-def commit(path: Path, manifest: dict[str, Any]) -> int:
-    """Make it a checkpoint; `manifest` may hold anything JSON can. Rank 0 calls it when all have written. Returns its bytes."""
+def commit(path: Path, manifest: dict[str, Any], sums: dict[str, int] | None = None) -> int:
+    """Make it a checkpoint; `manifest` may hold anything JSON can. Rank 0 calls it when all have written. Returns its bytes.
+
+    Args:
+        sums: what `write` returned.
+
+    Raises:
+        DistmtlError: it cannot be written, or does not hold what the ranks wrote.
+    """
     try:
-        files = {f.name: f.stat().st_size for f in sorted(path.iterdir())}
-        write_whole(path / MANIFEST, json.dumps({"format": FORMAT, **manifest, "files": files}, indent=1))
-    except OSError as e:
-        raise DistmtlError(f"checkpoint {path} could not be written: {e.strerror or e}") from None
+        files = _listed(path, sums or {})
+        write_whole(path / MANIFEST, json.dumps({"format": FORMAT, **manifest, "files": files, "crc32": sums or {}}, indent=1))
+    except DistmtlError:
+        raise
+    except Exception as e:
+        raise DistmtlError(f"checkpoint {path} could not be written: {_reason(e)}") from e
     return sum(files.values())
 
 
+def discard(path: Path) -> None:
+    """Give its space back, if that can be done: what stays is no checkpoint. Rank 0 calls it."""
+    with suppress(Exception):
+        (path / MANIFEST).unlink(missing_ok=True)  # incomplete from here on, should we be stopped half-way
+        remove_tree(path)
+
+
 def retain(folder: Path, keep: int, best_step: int | None, current: Path) -> None:
-    """After `current` was written, delete all but the newest `keep` checkpoints and the best one, and whatever is newer:
-    leftovers, damaged perhaps, of a course that was given up. Rank 0 calls it."""
+    """After `current` was written, delete all but the newest `keep` complete checkpoints and the best one: what is incomplete, and
+    what is newer, leftovers of a course that was given up. Rank 0 calls it."""
+    kept: dict[int, Path] = {}  # of a step, the latest attempt's
     paths = _newest_first(folder)
-    course = [p for p in paths if _place_in_time(p) <= _place_in_time(current)]
-    by_step = {_place_in_time(p)[0]: p for p in reversed(course)}  # of a step, the latest attempt's
-    kept = {*sorted(by_step.values(), key=_place_in_time)[-keep:], by_step.get(best_step if best_step is not None else -1)}
+    for path in (p for p in paths if _place_in_time(p) <= _place_in_time(current)):
+        step = _place_in_time(path)[0]
+        if step not in kept and (len(kept) < keep or step == best_step) and _is_complete(path):
+            kept[step] = path
     for path in paths:
-        if path not in kept:
-            (path / MANIFEST).unlink(missing_ok=True)  # incomplete from here on, should we be stopped half-way
-            remove_tree(path)
+        if path not in kept.values():
+            discard(path)
+
+
+class SummingFiles:
+    """DCP's access to files, with the CRC-32 of each that is written. What is summed is what was meant to be written, in memory."""
+
+    def __init__(self, files: Any):
+        self.files = files
+        self.sums: dict[str, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.files, name)
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        summed = SummingStream()
+        try:
+            with self.files.create_stream(path, mode) as summed.stream:
+                yield summed
+        except Exception:
+            if summed.error:
+                raise summed.error from None  # not what torch makes of it: "unexpected pos 64 vs 0"
+            raise
+        self.sums[_name(path)] = summed.sum
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        self.files.rename(path, new_path)
+        self.sums[_name(new_path)] = self.sums.pop(_name(path))
+
+
+class SummingStream:
+    """A file being written, the CRC-32 so far, and why it could not be."""
+
+    stream: Any = None
+    sum = 0
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self.sum = zlib.crc32(data, self.sum)
+        try:
+            return self.stream.write(data)
+        except OSError as e:
+            self.error = e
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _listed(path: Path, sums: dict[str, int]) -> dict[str, int]:
+    """File → bytes, when all that the ranks wrote is there.
+
+    Raises:
+        DistmtlError: it is not: the ranks do not share a disk.
+    """
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    while missing := sorted(sums.keys() - sizes(path).keys()):
+        if time.monotonic() > deadline:
+            raise DistmtlError(
+                f"checkpoint {path}: rank 0 does not see {missing[0]}, which another rank has written; "
+                "run.dir must be on storage that all nodes share"
+            )
+        time.sleep(0.5)
+    return dict(sorted(sizes(path).items()))
 
 
 # ------------------------------------------------------------------------------------------------------------- finding
@@ -103,6 +205,7 @@ def read(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, files = manifest["format"], dict(manifest["files"])
+        found = sizes(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DistmtlError(f"checkpoint {path} is incomplete: it has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -110,9 +213,8 @@ def read(path: Path) -> Checkpoint:
     if version != FORMAT:
         raise DistmtlError(f"checkpoint {path}: format {version}, but this version reads format {FORMAT}")
     for name, size in files.items():
-        found = (path / name).stat().st_size if (path / name).exists() else None
-        if found != size:
-            raise DistmtlError(f"checkpoint {path} is damaged: {name} has {'no' if found is None else found} bytes instead of {size}")
+        if found.get(name) != size:
+            raise DistmtlError(f"checkpoint {path} is damaged: {name} has {found.get(name, 'no')} bytes instead of {size}")
     return Checkpoint(path, manifest)
 
 
@@ -145,13 +247,24 @@ def name_of(step: int, attempt: int) -> str:
 
 
 def _place_in_time(path: Path) -> tuple[int, int]:
-    """Step and attempt; names of other kinds come before all."""
-    match = re.fullmatch(r"step-(\d+)(?:-(\d+))?", path.name)
-    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
+    """Step and attempt."""
+    match = NAME.fullmatch(path.name)
+    assert match, path
+    return int(match[1]), int(match[2])
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=_place_in_time, reverse=True) if folder.exists() else []
+    """All that are named as checkpoints; anything else is the user's own."""
+    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.exists() else []
+    return sorted(found, key=_place_in_time, reverse=True)
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        read(path)
+    except DistmtlError:
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -172,55 +285,113 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, dense: dict[str, nn.P
     _load(checkpoint, table_state(model), dense)
 
 
-def load_matching(
-    checkpoint: Checkpoint, model: nn.Module, dense: dict[str, nn.Parameter], optimizers: Any | None, anew: dict[str, str]
-) -> list[str]:
-    """Fill what the checkpoint has: tables of the same name and width, of no fewer rows now; dense parameters of the same name
-    and shape. The rest keeps its initial values. Without `optimizers`, weights alone.
+@dataclass(frozen=True)
+class Changes:
+    """What a changed config makes of a checkpoint's parts, besides their shapes.
 
-    Args:
-        anew: table → why its saved rows mean nothing now.
+    former: name and shape of a dense parameter → its name in the checkpoint, and why it starts anew all the same ("" if it does not).
+    """
+
+    tables: dict[str, str]  # table → why its saved rows mean nothing now
+    optimizers: dict[str, str]  # table → why its saved optimizer state does
+    former: Callable[[str, torch.Size], tuple[str, str]] = lambda name, shape: (name, "")
+
+
+def load_matching(
+    checkpoint: Checkpoint, model: nn.Module, dense: dict[str, nn.Parameter], optimizers: Any | None, changes: Changes
+) -> list[str]:
+    """Fill what the checkpoint has: tables of the same name and width, of no fewer rows now; dense parameters of the same role
+    and shape. The rest keeps its initial values. Without `optimizers`, weights alone.
 
     Returns what was not loaded, and what was left behind, each with the reason.
     """
-    saved, notes = _reader(checkpoint).read_metadata().state_dict_metadata, []
-    state, matching = table_state(model, optimizers), {}
-    for name, value in state.items():
-        old = getattr(saved.get(name), "size", None)
-        table = table_of(name)
-        if table in anew:
-            why = anew[table]
-        elif old is None:
-            why = "is not in the checkpoint"
-        elif len(old) != len(value.size()) or old[1:] != value.size()[1:] or old[0] > value.size()[0]:
-            why = f"has {_by(old)} in the checkpoint, {_by(value.size())} now"
-        else:
-            matching[name] = _first_rows(value, old)
-            if old[0] < value.size()[0] and name.startswith("tables/"):
-                notes.append(f"table {table}: rows {old[0]:,} to {value.size()[0] - 1:,} are new")
-            continue
-        if name.startswith("tables/"):
-            notes.append(f"table {table} starts anew: it {why}")
-    left = {table_of(n) for n in saved if n.startswith("tables/")} - {table_of(n) for n in state}
+    verify(checkpoint)
+    saved = {name: value.size for name, value in _reader(checkpoint).read_metadata().state_dict_metadata.items() if hasattr(value, "size")}
+    state = table_state(model, optimizers)
+    matching, notes = _fitting_tables(state, saved, changes)
+    left = {table_of(n) for n in saved} - {table_of(n) for n in state}
     notes += [f"table {t} of the checkpoint is left behind: the config has none of that name" for t in sorted(left)]
     blob = _read_state(checkpoint, matching)
+    former = {name: changes.former(name, p.shape) for name, p in dense.items()}
+    loaded: dict[str, str] = {}  # name → its name in the checkpoint
     with torch.no_grad():
         for name, parameter in dense.items():
-            old = blob["parameters"].get(name)
-            if old is not None and old.shape == parameter.shape:
-                parameter.copy_(old)
+            then, why = former[name]
+            old = blob["parameters"].get(then)
+            if why := why or _unlike(getattr(old, "shape", None), parameter.shape):
+                notes.append(f"{name} starts anew: it {why}")
             else:
-                now = _by(parameter.shape)
-                notes.append(f"{name} starts anew: it {'is not in the checkpoint' if old is None else f'was {_by(old.shape)}, is {now}'}")
-    gone = blob["parameters"].keys() - dense.keys()
-    notes += [f"{name} of the checkpoint is left behind" for name in sorted(gone)]
+                parameter.copy_(old)
+                loaded[name] = then
+    left = blob["parameters"].keys() - {then for then, _ in former.values()}
+    notes += [f"{name} of the checkpoint is left behind" for name in sorted(left)]
     if optimizers:
-        same = {n for n, p in dense.items() if n in blob["parameters"] and blob["parameters"][n].shape == p.shape}
-        optimizers.load_dense_state({n: s for n, s in blob["optimizer"].items() if n in same})
+        optimizers.load_dense_state({n: blob["optimizer"][then] for n, then in loaded.items() if then in blob["optimizer"]})
     return notes
 
 
+def _fitting_tables(state: dict[str, Any], saved: dict[str, torch.Size], changes: Changes) -> tuple[dict[str, Any], list[str]]:
+    """What of `table_state` can be filled, of a table that has grown its first rows; and notes on all the rest."""
+    fitting: dict[str, Any] = {}
+    anew: dict[str, str] = {}  # table → why
+    states_anew = dict(changes.optimizers)
+    notes = []
+    for name, value in state.items():  # every weight comes before any optimizer state
+        table, then, now = table_of(name), saved.get(name), value.size()
+        is_weight = name.startswith("tables/")
+        why = changes.tables.get(table) if is_weight else anew.get(table) or states_anew.get(table)
+        if why := why or _unlike(then, now, may_grow=True):
+            (anew if is_weight else states_anew)[table] = why
+        elif then:
+            fitting[name] = _first_rows(value, then)
+            if is_weight and then[0] < now[0]:
+                notes.append(f"table {table}: rows {then[0]:,} to {now[0] - 1:,} are new")
+    notes += [f"table {table} starts anew: it {why}" for table, why in anew.items()]
+    notes += [f"table {table}: its optimizer's state starts anew: it {why}" for table, why in states_anew.items() if table not in anew]
+    return fitting, notes
+
+
+def _unlike(then: torch.Size | None, now: torch.Size, may_grow: bool = False) -> str:
+    """Why a tensor of the checkpoint does not fit a shape; "" if it does."""
+    if then is None:
+        return "is not in the checkpoint"
+    fits = len(then) == len(now) and then[1:] == now[1:] and then[0] <= now[0] if may_grow else then == now
+    return "" if fits else f"was {_by(then)}, is {_by(now)}"
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Read all its files once, each rank a share of them: whether the bytes are those that were written. torch would not notice.
+
+    Raises:
+        DistmtlError: they are not; on all ranks.
+    """
+    sums, found = checkpoint.manifest.get("crc32", {}), checkpoint.manifest["files"]
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    wrong = []
+    for name in sorted(sums, key=lambda n: found.get(n, 0))[rank::ranks]:
+        try:
+            if (now := _crc32(checkpoint.path / name)) != sums[name]:
+                wrong.append(f"{name} has CRC-32 {now:08x} instead of {sums[name]:08x}")
+        except Exception as e:
+            wrong.append(f"{name} cannot be read: {_reason(e)}")
+    everyone = [wrong]
+    if ranks > 1:
+        everyone = [[] for _ in range(ranks)]
+        dist.all_gather_object(everyone, wrong)
+    if all_wrong := [text for texts in everyone for text in texts]:
+        raise DistmtlError(f"checkpoint {checkpoint.path} is damaged: {'; '.join(all_wrong[:4])}")
+
+
+def _crc32(path: Path) -> int:
+    number, buffer = 0, memoryview(bytearray(READ_BYTES))
+    with path.open("rb") as file:
+        while n := file.readinto(buffer):
+            number = zlib.crc32(buffer[:n], number)
+    return number
+
+
 def _load(checkpoint: Checkpoint, sharded: dict[str, Any], dense: dict[str, nn.Parameter]) -> dict[str, Any]:
+    verify(checkpoint)
     saved = _read_state(checkpoint, sharded)
     if differing := sorted(saved["parameters"].keys() ^ dense.keys()):
         raise DistmtlError(f"checkpoint {checkpoint.path}: its dense parameters are not this model's, such as {differing[0]}")
@@ -242,7 +413,7 @@ def _read_state(checkpoint: Checkpoint, sharded: dict[str, Any]) -> dict[str, An
 
 
 def _reader(checkpoint: Checkpoint) -> FileSystemReader:
-    return FsspecReader(str(checkpoint.path)) if is_remote(checkpoint.path) else FileSystemReader(checkpoint.path)
+    return FsspecReader(str(checkpoint.path), use_listings_cache=False) if is_remote(checkpoint.path) else FileSystemReader(checkpoint.path)
 
 
 # --------------------------------------------------------------------------------------------------------------- state
@@ -267,32 +438,27 @@ def dense_state(optimizers: Any) -> io.BytesIO:
     return blob
 
 
-def like(value: ShardedTensor, shards: list[Shard], rows: int | None = None) -> ShardedTensor:
-    """A sharded tensor over other local tensors, of the first `rows` rows only if that is given. No communication."""
+def like(value: ShardedTensor, tensors: dict[tuple[int, ...], torch.Tensor], rows: int | None = None) -> ShardedTensor:
+    """A sharded tensor over other local tensors, by their offsets; of the first `rows` rows only if that is given. No communication."""
     whole = deepcopy(value.metadata())
     if rows is not None:
         whole.size = torch.Size([rows, *whole.size[1:]])
         whole.shards_metadata = [m for m in whole.shards_metadata if m.shard_offsets[0] < rows]
-    device = next((s.tensor.device for s in shards), None)
+    device = next((t.device for t in tensors.values()), None)
     for metadata in whole.shards_metadata:
         if rows is not None:
             metadata.shard_sizes[0] = min(metadata.shard_sizes[0], rows - metadata.shard_offsets[0])
         if device is not None and metadata.placement is not None:
             metadata.placement._device = device
-    own = {tuple(m.shard_offsets): m for m in whole.shards_metadata}
-    shards = [Shard(s.tensor, own[tuple(s.metadata.shard_offsets)]) for s in shards]
+    shards = [Shard(tensors[at], m) for m in whole.shards_metadata if (at := tuple(m.shard_offsets)) in tensors]
     return ShardedTensor._init_from_local_shards_and_global_metadata(shards, whole, process_group=value._process_group)
 
 
 def _first_rows(value: ShardedTensor, size: torch.Size) -> ShardedTensor:
     if value.size() == size:
         return value
-    rows, shards = size[0], []
-    for shard in value.local_shards():
-        first = shard.metadata.shard_offsets[0]
-        if first < rows:
-            shards.append(Shard(shard.tensor[: rows - first], shard.metadata))
-    return like(value, shards, rows)
+    shards = {tuple(s.metadata.shard_offsets): s.tensor for s in value.local_shards()}
+    return like(value, {at: tensor[: size[0] - at[0]] for at, tensor in shards.items() if at[0] < size[0]}, size[0])
 
 
 def _by(size: Any) -> str:
@@ -301,3 +467,11 @@ def _by(size: Any) -> str:
 
 def _causes(e: CheckpointException) -> str:
     return "; ".join(sorted({str(failure[0]).strip() or type(failure[0]).__name__ for failure in e.failures.values()}))
+
+
+def _reason(e: Exception) -> str:
+    return (isinstance(e, OSError) and e.strerror) or str(e).strip() or type(e).__name__
+
+
+def _name(path: Any) -> str:
+    return str(path).rsplit("/", 1)[-1]

@@ -33,7 +33,7 @@ from distmtl.model.loss import StepNumbers
 from distmtl.model.multitask import TrainModel, initialise_dense
 from distmtl.optim import Optimizers
 from distmtl.progress import Progress, Report, print_record
-from distmtl.run_directory import ResumePolicy, is_own, meaningless_tables, open_run, same_model, write_json
+from distmtl.run_directory import ResumePolicy, changes, is_own, open_run, same_model, write_json
 from distmtl.saving import Saver
 from distmtl.stopping import Request, asked, forget, steps_between_looks
 from distmtl.storage import absolute, place, write_whole
@@ -82,7 +82,7 @@ def train(
             try:
                 run.train()
             except DistmtlError:  # all ranks raise it, so all can complete the checkpoint on its way
-                with suppress(DistmtlError):
+                with suppress(DistmtlError, RuntimeError):  # the first error is the one to tell
                     run.saver.wait()
                 raise
             return run.finish()
@@ -144,7 +144,7 @@ class Training:
         if found and changed:
             optimizers = self.optimizers if own else None
             notes = notes + checkpoint.load_matching(
-                found, self.model, self.optimizers.parameters, optimizers, meaningless_tables(self.config, found)
+                found, self.model, self.optimizers.parameters, optimizers, changes(self.config, found, self.splits["train"])
             )
         elif found and own:
             found = self._load_newest(found, notes)

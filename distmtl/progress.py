@@ -6,12 +6,15 @@ start, train, evaluation, checkpoint, note, end.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,14 @@ class Progress:
 
     In an object store nothing can be appended to: there the files grow in a local folder and are copied whole, at most every
     COPY_EVERY_S seconds and with every record that is not a mere step's.
+
+    What cannot be written (a full disk, a store that does not answer) is said once and ends no run: if it lasts, the next checkpoint will.
     """
 
     def __init__(self, folder: Path | None, first: bool, report: Report):
         self.first, self.report = first, report
-        self.file = None
         self.log: Path | None = None
+        self.broken = False
         if first and folder:
             from torch.utils.tensorboard import SummaryWriter  # a second of imports, on rank 0 only
 
@@ -42,35 +47,75 @@ class Progress:
             self.log, self.copied = self.folder / "metrics.jsonl", 0.0
             if self.store and (self.store / self.log.name).exists():
                 self.log.write_bytes((self.store / self.log.name).read_bytes())
-            self.file = self.log.open("a", buffering=1)
-            self.board = SummaryWriter(str(self.folder))
+            _cut_unfinished_line(self.log)
+            self.file = self.log.open("ab", buffering=0)
+            self.board: Any = None
+            self._try(lambda: setattr(self, "board", SummaryWriter(str(self.folder))))
 
     def say(self, kind: str, **values: Any) -> None:
-        if self.file is None:
+        if self.log is None:
             return
         record = _finite({"kind": kind, "time": round(time.time(), 3), **values})
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
-        for name, value in _scalars(values):
-            self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._try(lambda: _append_whole(self.file, line))
+        self._try(lambda: self._draw(kind, values))
         if self.store and (kind != "train" or time.monotonic() - self.copied > COPY_EVERY_S):
-            self._copy()
+            self._try(self._copy)
         self.report(record)
 
     def close(self) -> None:
-        if self.file is not None:
+        if self.log is not None:
             self.file.close()
-            self.board.close()
-            if self.store:
-                self._copy()
-                shutil.rmtree(self.folder)
+            self._try(lambda: self.board and self.board.close())
+            if self.store and self._try(self._copy):
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _draw(self, kind: str, values: Record) -> None:
+        if self.board is None:
+            return
+        try:
+            for name, value in _scalars(values):
+                self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
+        except Exception:  # its writer is a thread that ended with its first error
+            self.board = None
+            raise
 
     def _copy(self) -> None:
         assert self.store is not None
+        self.copied = time.monotonic()
         for file in (f for f in self.folder.rglob("*") if f.is_file()):
             to = self.store / file.relative_to(self.folder).as_posix()
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_bytes(file.read_bytes())
-        self.copied = time.monotonic()
+
+    def _try(self, write: Callable[[], object]) -> bool:
+        try:
+            write()
+        except Exception as e:
+            if not isinstance(e, OSError) and not self.store:  # object stores raise what they like
+                raise
+            if not self.broken:
+                text = f"the progress of the run cannot be written to {self.store or self.folder}: {e}; it goes on"
+                self.report({"kind": "note", "time": round(time.time(), 3), "text": text})
+            self.broken = True
+            return False
+        return True
+
+
+def _append_whole(file: Any, line: bytes) -> None:
+    """Whole or not at all: who reads along takes lines for JSON."""
+    end = os.fstat(file.fileno()).st_size
+    if file.write(line) != len(line):
+        os.ftruncate(file.fileno(), end)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _cut_unfinished_line(log: Path) -> None:
+    """What a process that was killed left at the end."""
+    with suppress(FileNotFoundError):
+        whole = log.read_bytes()
+        if (end := whole.rfind(b"\n") + 1) < len(whole):
+            os.truncate(log, end)
 
 
 def _finite(value: Any) -> Any:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import yaml
+from torch import Size
 
 from distmtl import checkpoint
-from distmtl.checkpoint import Checkpoint
-from distmtl.config import Config, IdFeature
+from distmtl.checkpoint import Changes, Checkpoint
+from distmtl.config import BucketFeature, CGCConfig, Config, PLEConfig
 from distmtl.config_file import dump_config, parse_config
+from distmtl.data.collate import alike_type, is_list, is_string
 from distmtl.data.dataset import Dataset
 from distmtl.data.hashing import HASH_VERSION
 from distmtl.errors import DistmtlError
@@ -21,7 +25,7 @@ from distmtl.storage import place, write_whole
 # What may change between the start of a run and its continuation: how it is run, not what it computes.
 FREE = (
     "name", "run.dir", "cluster.*", "evaluation.*", "data.train", "data.validation", "data.test", "data.prefetch",
-    "tasks.*.true_probability", "train.log_every", "train.eval_every", "train.save_every", "train.keep", "train.monitor",
+    "tasks.*.true_probability", "train.log_every", "train.eval_every", "train.save_*", "train.keep", "train.monitor",
     "train.early_stopping*", "train.profile*", "train.non_finite*", "sharding.types", "sharding.row_wise_above_mb", "tables.*.sharding",
 )  # fmt: skip
 FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a shorter one, unless the learning rate depends on it
@@ -65,14 +69,16 @@ def open_run(config: Config, resume: str, train_set: Dataset, policy: ResumePoli
     found: Checkpoint | None = None
     notes: list[str] = []
     if begun:
-        _same(config, _config_of(folder), f"run.dir {folder}", FREE + extra)
+        _same(config, _config_of(folder), f"run.dir {folder}", FREE, extra)
         found, notes = checkpoint.newest(folder / "checkpoints")
         found = found and _readable(found)
+        if found:  # a run that was changed may have been stopped before its first checkpoint of the new kind
+            notes += _same(config, checkpoint_config(found), f"checkpoint {found.path}", FREE, extra)
         if found and resume not in ("auto", "never") and place(resume).resolve() not in (folder.resolve(), found.path.resolve()):
             notes = [f"run.dir {folder} holds a checkpoint of its own, which goes before --resume {resume}", *notes]
     if found is None and resume not in ("auto", "never"):
         found = find_checkpoint(resume)
-        _same(config, checkpoint_config(found), f"checkpoint {found.path}", FREE_FROM_WEIGHTS + extra)
+        notes += _same(config, checkpoint_config(found), f"checkpoint {found.path}", FREE_FROM_WEIGHTS, extra)
     elif found is not None:
         _same_data(train_set, found)
     try:
@@ -128,42 +134,94 @@ def checkpoint_config(found: Checkpoint) -> Config:
 
 
 def same_model(config: Config, found: Checkpoint) -> bool:
-    """Whether a checkpoint's tables and dense parameters are the config's, each and all."""
-    parts = {"features", "tasks", "model"}
-    return checkpoint_config(found).model_dump(include=parts) == config.model_dump(include=parts)
+    """Whether a checkpoint's tables, their optimizers' state and its dense parameters are the config's, each and all."""
+    old, parts = checkpoint_config(found), {"features", "tasks", "model"}
+    return old.model_dump(include=parts) == config.model_dump(include=parts) and not _other_optimizers(config, old)
 
 
-def meaningless_tables(config: Config, found: Checkpoint) -> dict[str, str]:
-    """Table → why the rows that a checkpoint has of it are not what the config's ids would look up now."""
-    old = {f.name: f for f in checkpoint_config(found).embedded}
-    out = {}
+def changes(config: Config, found: Checkpoint, train_set: Dataset) -> Changes:
+    """What of a checkpoint has another meaning in a changed config, although its name and shape may be the same."""
+    old, tables = checkpoint_config(found), {}
     for feature in config.embedded:
-        before = old.get(feature.name)
-        if before is None or before.table_name != feature.table_name:
-            continue
-        a, b = (f.model_dump(mode="json", exclude={"dim", "pooling"}) for f in (before, feature))
-        hashed = isinstance(feature, IdFeature) and feature.out_of_range == "hash"
-        if (hashed and a["rows"] != b["rows"]) or a.get("out_of_range") != b.get("out_of_range"):
-            out[feature.table_name] = f"is read by {feature.name!r}, whose ids are hashed or mapped to other rows now"
-        elif a.get("boundaries") != b.get("boundaries"):
-            out[feature.table_name] = f"is read by {feature.name!r}, whose boundaries are others now"
-    return out
+        before = [f for f in old.embedded if f.table_name == feature.table_name]
+        if isinstance(feature, BucketFeature):
+            if before and feature.boundaries not in [getattr(f, "boundaries", None) for f in before]:
+                tables[feature.table_name] = f"is read by {feature.name!r}, whose boundaries are others now"
+        elif before and feature.rows not in [f.rows for f in before]:
+            hashed = feature.out_of_range == "hash" and any(getattr(f, "out_of_range", "") == "hash" for f in before)
+            if hashed or _is_string(feature.source, train_set):
+                tables[feature.table_name] = f"is read by {feature.name!r}, whose ids are hashed to other rows now"
+        elif any(isinstance(f, BucketFeature) for f in before):
+            tables[feature.table_name] = f"was read by {before[0].name!r}, a bucket"
+    return Changes(tables, _other_optimizers(config, old), _former_name(config, old))
+
+
+def _is_string(column: str, dataset: Dataset) -> bool:
+    """Whether its ids are hashed whatever out_of_range says."""
+    kind: pa.DataType = alike_type(dataset.open_part(0).schema_arrow.field(column).type)
+    return is_string(alike_type(kind.value_type) if is_list(kind) else kind)
+
+
+def _other_optimizers(config: Config, old: Config) -> dict[str, str]:
+    """Table → why the optimizer's state that was saved for it is of no use."""
+    tables = {f.table_name for f in config.embedded} & {f.table_name for f in old.embedded}
+    kinds = {t: (old.table_optimizer(t).kind, config.table_optimizer(t).kind) for t in sorted(tables)}
+    return {t: f"was {then}'s, is {now}'s" for t, (then, now) in kinds.items() if then != now}
+
+
+def _former_name(config: Config, old: Config) -> Any:
+    """For `Changes`: towers and gates go with their task, not with its place in the list; what reads the feature vector, and
+    experts that belong to tasks, fit only where those are laid out alike."""
+    now, then = ([(t.name, t.kind) for t in c.tasks] for c in (config, old))
+    vectors = [[(f.name, f.dim) for f in c.embedded] + [(f.name, f.width) for f in c.dense] for c in (config, old)]
+    dealt = [(c.model.shared_experts, c.model.task_experts) if isinstance(c.model, CGCConfig | PLEConfig) else None for c in (config, old)]
+    experts_fit = dealt == [None, None] or (now == then and dealt[0] == dealt[1])
+
+    ours = "" if config.model.kind == "plugin" else r"|sharing\.gates|sharing\.levels\.\d+\.gates"
+
+    def former(name: str, shape: Size) -> tuple[str, str]:
+        why = ""
+        if of_task := re.fullmatch(rf"(.*\.head\.(?:towers{ours})\.)(\d+)(\..*)", name):
+            before, t, after = of_task.groups()
+            task = now[int(t)]
+            if task not in then:
+                return "", f"is of the {task[1]} task {task[0]!r}, which the checkpoint does not have"
+            name = f"{before}{then.index(task)}{after}"
+        if ".sharing." in name and not experts_fit:
+            why = "has its experts dealt to the tasks in another way now"
+        elif vectors[0] != vectors[1] and shape and shape[-1] == sum(width for _, width in vectors[0]):
+            why = "reads the features, which are others or in another order now"
+        return name, why
+
+    return former
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
-def _same(new: Config, old: Config, where: str, free: tuple[str, ...] = FREE) -> None:
+def _same(new: Config, old: Config, where: str, free: tuple[str, ...], matching: tuple[str, ...]) -> list[str]:
+    """Compare what is not `free`; returns, as a note, what differs and is free by --resume-policy `matching` alone.
+
+    Raises:
+        DistmtlError: something else differs.
+    """
     if new.optimizer.schedule.decay == "none":
         free += FREE_WITHOUT_DECAY
     a, b = _flat(new.model_dump(mode="json")), _flat(old.model_dump(mode="json"))
-    differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not any(fnmatchcase(k, f) for f in free)]
-    if differing:
-        lines = "\n".join(f"  - {k}: {b.get(k)!r} there, {a.get(k)!r} now" for k in differing[:20])
-        matching = all(any(fnmatchcase(k, f) for f in free + FREE_IF_MATCHING) for k in differing)
-        hint = "; --resume-policy matching loads what still fits" if matching else ""
-        raise DistmtlError(f"{where} was made with another config; use its values or another run.dir{hint}\n{lines}")
+    differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not _is_one_of(k, free)]
+    differing.sort(key=lambda k: _is_one_of(k, FREE_IF_MATCHING))  # first what no policy allows
+    lines = [f"  - {k}: {b.get(k)!r} there, {a.get(k)!r} now" for k in differing]
+    if any(not _is_one_of(k, matching) for k in differing):
+        hint = "; --resume-policy matching loads what still fits" if all(_is_one_of(k, FREE_IF_MATCHING) for k in differing) else ""
+        more = [f"  … and {len(lines) - 20} more"] if len(lines) > 20 else []
+        text = "\n".join(lines[:20] + more)
+        raise DistmtlError(f"{where} was made with another config; use its values or another run.dir{hint}\n{text}")
+    return ["\n".join([f"{where} was made with another config; what still fits is loaded", *lines])] if differing else []
+
+
+def _is_one_of(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(key, p) for p in patterns)
 
 
 def _same_data(train_set: Dataset, found: Checkpoint) -> None:

@@ -7,7 +7,9 @@ the buffers are made ready in the background too, as soon as training starts.
 from __future__ import annotations
 
 import time
+from concurrent import futures
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,13 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from distmtl import checkpoint
 from distmtl.distributed.process import Process, on_first_rank
+from distmtl.errors import DistmtlError
 from distmtl.optim import Optimizers
 
-WRITE_LIMIT = timedelta(hours=6)  # for the slowest rank; a dead one is noticed at once
+WRITE_LIMIT = timedelta(hours=6)  # for the slowest rank; a dead one is noticed at once, a hanging one by training or by `wait`
+LOOK_EVERY_S = 1.0  # how often waiting ranks tell each other that they are there
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Saver:
     """Saves a run's state; all ranks make one and call it at the same steps. One checkpoint at a time is on its way.
 
     Args:
-        background: False writes from the tables themselves, with no second copy in host memory, while training waits.
+        background: False keeps no copy of the tables, and training waits; DCP copies what it writes then, for as long as it writes.
         keep: newest checkpoints kept.
     """
 
@@ -52,7 +56,8 @@ class Saver:
         self.attempt, self.background, self.keep = attempt, background, keep
         self.group = dist.new_group(backend="gloo", timeout=WRITE_LIMIT)  # the loop's own collectives go on meanwhile
         self.copies: dict[str, ShardedTensor] = {}
-        self.job: Future[Any] = _start(self._make_copies) if background else _done()
+        self.unsaid: list[Saved] = []  # completed, on rank 0, and not asked for yet
+        self.job: Future[Any] = self._start(self._make_copies) if background else _done()
 
     def save(self, manifest: dict[str, Any], best_step: int | None) -> None:
         """Begin a checkpoint of step manifest["step"], when the one before is complete.
@@ -69,64 +74,100 @@ class Saver:
                 torch.cuda.synchronize(self.process.device)
         state["dense"] = checkpoint.dense_state(self.optimizers)
         stall = time.monotonic() - began
-        self.job = _start(self._write, state, {**manifest, "attempt": self.attempt}, best_step, began, stall)
+        self.job = self._start(self._write, state, {**manifest, "attempt": self.attempt}, best_step, began, stall)
         if not self.background:
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is on its way.
+        """Until nothing is on its way, on any rank. All ranks call it.
 
         Raises:
             DistmtlError: it could not be written; on all ranks.
+            RuntimeError: a rank died, hangs, or failed alone.
         """
+        while True:
+            futures.wait([self.job], LOOK_EVERY_S)
+            alone = self.job.done() and self.job.exception() is not None and not isinstance(self.job.exception(), DistmtlError)
+            busy, broken = self._on_any_rank(not self.job.done(), alone)
+            if broken and not alone:
+                raise RuntimeError("another rank could not write its part of the checkpoint")
+            if broken or not busy:
+                break
         self.job.result()
+        self._take()
 
     def completed(self) -> Saved | None:
-        """The checkpoint completed since this was last asked, on rank 0."""
-        if not self.job.done() or self.job.exception() or not isinstance(self.job.result(), Saved):
-            return None
-        saved, self.job = self.job.result(), _done()
-        return saved
+        """A checkpoint completed since this was last asked, on rank 0; the oldest of several."""
+        self._take()
+        return self.unsaid.pop(0) if self.unsaid else None
+
+    @property
+    def failed(self) -> bool:
+        """Whether what was begun is known to have failed: `wait` will say how."""
+        return self.job.done() and self.job.exception() is not None
+
+    def _take(self) -> None:
+        if self.job.done() and not self.failed and self.job.result() is not None:
+            if self.process.first:
+                self.unsaid.append(self.job.result())
+            self.job = _done()
+
+    def _on_any_rank(self, *flags: bool) -> list[bool]:
+        """Over the loop's own group, whose time limit is that of a step."""
+        if self.process.world_size == 1:
+            return list(flags)
+        numbers = torch.tensor(flags, dtype=torch.float32, device=self.process.device)
+        dist.all_reduce(numbers)
+        return [n > 0 for n in numbers.tolist()]
 
     def _make_copies(self) -> None:
+        pinned = self.process.device.type == "cuda"
         for name, value in checkpoint.table_state(self.model, self.optimizers).items():
-            pinned = self.process.device.type == "cuda"
-            empty = [Shard(torch.empty(s.tensor.shape, dtype=s.tensor.dtype, pin_memory=pinned), s.metadata) for s in value.local_shards()]
-            for shard in empty:
-                shard.tensor.zero_()  # touched now, not while training waits
+            empty = {}
+            for shard in value.local_shards():
+                copy = torch.empty(shard.tensor.shape, dtype=shard.tensor.dtype, pin_memory=pinned)
+                empty[tuple(shard.metadata.shard_offsets)] = copy.zero_()  # touched now, not while training waits
             self.copies[name] = checkpoint.like(value, empty)
 
     def _copy(self, name: str, value: ShardedTensor) -> ShardedTensor:
-        for to, shard in zip(self.copies[name].local_shards(), value.local_shards(), strict=True):
-            to.tensor.copy_(shard.tensor, non_blocking=True)
+        copies = {tuple(s.metadata.shard_offsets): s.tensor for s in self.copies[name].local_shards()}
+        for shard in value.local_shards():
+            copies[tuple(shard.metadata.shard_offsets)].copy_(shard.tensor, non_blocking=True)
         return self.copies[name]
 
     def _write(self, state: dict[str, Any], manifest: dict[str, Any], best_step: int | None, began: float, stall: float) -> Saved:
         path = self.folder / checkpoint.name_of(manifest["step"], self.attempt)
-        on_first_rank(self.process, lambda: checkpoint.prepare(path), self.group)
-        checkpoint.write(path, state, self.group)
 
         def finish() -> int:
-            size = checkpoint.commit(path, manifest)
-            checkpoint.retain(self.folder, self.keep, best_step, path)
+            size = checkpoint.commit(path, manifest, sums)
+            with suppress(OSError):  # what cannot be deleted now will be after the next one
+                checkpoint.retain(self.folder, self.keep, best_step, path)
             return size
 
-        size = on_first_rank(self.process, finish, self.group)
+        try:
+            on_first_rank(self.process, lambda: checkpoint.prepare(path), self.group)
+            sums = checkpoint.write(path, state, self.group)
+            size = on_first_rank(self.process, finish, self.group)
+        except DistmtlError:  # on all ranks: nobody is still writing
+            if self.process.first:
+                checkpoint.discard(path)
+            raise
         return Saved(manifest["step"], str(path), round(stall, 4), round(time.monotonic() - began, 3), round(size / 2**20, 3))
 
+    def _start(self, function: Any, *arguments: Any) -> Future[Any]:
+        """In a thread that a dying process does not wait for."""
+        future: Future[Any] = Future()
 
-def _start(function: Any, *arguments: Any) -> Future[Any]:
-    """In a thread that a dying process does not wait for."""
-    future: Future[Any] = Future()
+        def run() -> None:
+            try:
+                if self.process.device.type == "cuda":
+                    torch.cuda.set_device(self.process.device)  # a thread begins on device 0: its memory, its streams
+                future.set_result(function(*arguments))
+            except BaseException as e:
+                future.set_exception(e)
 
-    def run() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as e:
-            future.set_exception(e)
-
-    Thread(target=run, daemon=True, name="distmtl-saver").start()
-    return future
+        Thread(target=run, daemon=True, name="distmtl-saver").start()
+        return future
 
 
 def _done() -> Future[Any]:

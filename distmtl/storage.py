@@ -11,6 +11,8 @@ from upath import UPath
 
 from distmtl.errors import DistmtlError
 
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme → the extra of ours that opens it
+
 
 def place(path: str) -> Path:
     """A local path, or a URI (`s3://bucket/run`, `gs://…`, `memory://…`) as fsspec opens it. `file://` is a local path.
@@ -26,14 +28,18 @@ def place(path: str) -> Path:
     try:
         folder = UPath(path, use_listings_cache=False)  # else what other processes write would go unseen
         _ = folder.fs
-    except (ValueError, ImportError) as e:
-        raise DistmtlError(f"{path}: cannot be opened: {e}; for s3:// and gs:// install the extra: pip install 'distmtl[s3]'") from None
+    except ImportError as e:
+        what = f"pip install 'distmtl[{EXTRAS[scheme]}]'" if scheme in EXTRAS else str(e)
+        raise DistmtlError(f"{path}: the package that opens {scheme}:// is not installed: {what}") from None
+    except ValueError as e:
+        known = " and ".join(f"distmtl[{extra}]" for extra in dict.fromkeys(EXTRAS.values()))
+        raise DistmtlError(f"{path}: {e}; s3:// and gs:// are opened by the extras {known}, other schemes by fsspec's packages") from None
     return cast(Path, folder)
 
 
 def is_remote(path: Path) -> bool:
     """Whether it lies in an object store, where nothing can be appended to and a whole file appears at once."""
-    return not isinstance(path, Path)
+    return isinstance(path, UPath)
 
 
 def absolute(path: str) -> str:
@@ -48,11 +54,23 @@ def write_whole(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
         return
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk gets its space back
+        raise
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """File → bytes. In an object store one listing, where asking for each file would be a round trip each."""
+    if is_remote(folder):
+        listed = folder.fs.ls(folder.path, detail=True)  # type: ignore[attr-defined]
+        return {f["name"].rsplit("/", 1)[-1]: f["size"] for f in listed if f["type"] == "file"}
+    return {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()}
 
 
 def remove_tree(path: Path) -> None:
