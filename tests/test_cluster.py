@@ -253,3 +253,19 @@ def test_no_cluster_at_ray_address_is_said_and_no_local_one_started():
     finally:
         trainer.ray.init = ray_init
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ray_train_s_actors_are_told_which_cluster_is_theirs(monkeypatch):
+    """And the environment is as before afterwards."""
+    from types import SimpleNamespace
+
+    from ray.train.v2._internal.constants import get_env_vars_to_propagate
+
+    monkeypatch.setattr(trainer.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.9:6379"))
+    for before in ("auto", None):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if before:
+            monkeypatch.setenv("RAY_ADDRESS", before)
+        with trainer.known_address():
+            assert get_env_vars_to_propagate()["RAY_ADDRESS"] == "10.0.0.9:6379"
+        assert os.environ.get("RAY_ADDRESS") == before

@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from distmtl.cluster.network import ProcessGroupConfig
 from distmtl.cluster.places import nodes, worker_resources
@@ -119,10 +120,26 @@ def session(config: Config) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
     try:
-        yield
+        with known_address():
+            yield
     finally:
         if own:
             ray.shutdown()
+
+
+@contextmanager
+def known_address() -> Iterator[None]:
+    """Ray Train's actors are told which cluster is theirs. Left alone, the one that looks whether the controller lives asks whichever
+    instance of this machine it finds, even a stale one: every attempt ends 12 seconds later, or a live run loses its places."""
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    try:
+        yield
+    finally:
+        os.environ.pop("RAY_ADDRESS")
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def _connect(address: str, config: Config, settings: dict[str, Any]) -> None:
