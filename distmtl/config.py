@@ -380,6 +380,9 @@ class TrainConfig(Strict):
     global_batch_size: PositiveInt = Field(4096, description="Rows of a step over all workers.")
     epochs: PositiveInt = 1
     steps: PositiveInt | None = Field(None, description="Stop after this many steps, even within an epoch.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Of the head's layers: bf16 runs them under autocast; weights, tables and losses stay float32."
+    )
     log_every: PositiveInt = Field(50, description="Steps between progress lines.")
     eval_every: PositiveInt | None = Field(None, description="Steps between evaluations; default: at the end of every epoch.")
     save_every: PositiveInt | None = Field(None, description="Steps between checkpoints; default: at every evaluation.")

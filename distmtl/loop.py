@@ -24,6 +24,7 @@ from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.data.hashing import HASH_VERSION
 from distmtl.data.reader import Reader
+from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
 from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard
 from distmtl.errors import DistmtlError
@@ -253,7 +254,7 @@ class Training:
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint, write result.json. A stopped run ends without: there may be little time left."""
-        state, process = self.state, self.process
+        config, state, process = self.config.train, self.state, self.process
         if not self.stopped and state.best_step is not None and state.best_step != state.step:
             best_step = state.best_step
             best = on_first_rank(process, lambda: checkpoint.of_step(self.folder / "checkpoints", best_step))
@@ -271,7 +272,7 @@ class Training:
             "run_dir": absolute(self.config.run_dir),
             "world_size": process.world_size,
             "device": process.device.type,
-            "precision": "fp32",
+            "precision": config.precision,
             "epochs": round(state.step / self.reader.steps_per_epoch, 4),
             "steps": state.step,
             "rows": state.rows,
@@ -429,6 +430,7 @@ class Training:
         lines = [
             f"{config.name}: {config.model.kind} on {process.world_size} worker(s), {process.device.type}, run directory {self.folder}",
             f"{begin}; rows: {sizes}; {self.total_steps} steps of {config.train.global_batch_size}",
+            f"{config.train.precision}; float32 matrix products by {fastest_fp32()}",
             f"parameters: {tables:,} in {len(self.planned)} tables, {dense:,} dense; sharding plan (MB: weights and optimizer state):",
             *("  " + line for line in plan_text(self.planned, process.world_size).splitlines()),
         ]

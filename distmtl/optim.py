@@ -99,10 +99,10 @@ def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
 def dense_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     match config.dense:
         case AdamDense(lr=lr, betas=betas, eps=eps):
-            return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=eps, foreach=True)
+            return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=eps, fused=True)
         case AdamWDense(lr=lr, betas=betas, eps=eps, weight_decay=decay):
-            return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=decay, foreach=True)
+            return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=True)
         case AdagradDense(lr=lr, eps=eps):
-            return torch.optim.Adagrad(parameters, lr=lr, eps=eps, foreach=True)
+            return torch.optim.Adagrad(parameters, lr=lr, eps=eps, fused=True)
         case SgdDense(lr=lr, momentum=momentum):
-            return torch.optim.SGD(parameters, lr=lr, momentum=momentum, foreach=True)
+            return torch.optim.SGD(parameters, lr=lr, momentum=momentum, fused=True)

@@ -891,7 +891,7 @@ def test_a_row_number_leads_to_its_file(folder):
     table = pq.read_table(folder / "data/train/b.parquet").append_column(ROW, pa.array(np.arange(200, 400)))
     table = table.set_column(table.schema.names.index("item"), "item", pa.array([60] * FILE_ROWS))
     with pytest.raises(DistmtlError, match="b.parquet, row 0 is outside"):
-        Collator(parse_config(config_of(folder)), locate=dataset.locate)(table, FILE_ROWS)
+        Collator(parse_config(config_of(folder)), locate=dataset.locate)(table)
 
 
 def test_the_config_command_shows_what_a_run_would_use(folder, capfd):

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from distmtl.config_file import parse_config
 from distmtl.errors import DistmtlError
-from distmtl.model.experts import Experts, Gate, mix
+from distmtl.model.experts import Experts, Gate
+from distmtl.model.kernels import mix
 from distmtl.model.mmoe import MMoE
 from distmtl.model.multitask import Head, initialise_dense
 from distmtl.model.ple import CGC, PLE
@@ -159,7 +160,7 @@ def test_gates_start_uniform_and_mix_keeps_the_rank():
     gate = Gate(WIDTH, 4)
     initialise_dense(torch.nn.ModuleDict({"g": gate}), 0)
     assert torch.equal(gate(torch.randn(1, WIDTH)), torch.full((1, 4), 0.25))
-    assert mix(gate(torch.randn(1, WIDTH)), [torch.randn(1, 8)] * 4).shape == (1, 8)
+    assert mix(gate(torch.randn(1, WIDTH))[:, None], [torch.randn(1, 8)] * 4)[0].shape == (1, 8)
 
 
 def test_an_expert_is_initialised_by_its_own_fan_in():

@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from distmtl.config_file import load_config
 from distmtl.data import synthetic
 from distmtl.data.synthetic import BLOCK, World, write_log
+from distmtl.data.wide import WideWorld
 from distmtl.errors import DistmtlError
 
 ROWS = 100_000
@@ -20,7 +21,9 @@ ROWS = 100_000
 def log(tmp_path_factory):
     out = tmp_path_factory.mktemp("synthetic") / "log"
     seen = []
-    write_log(out, rows=ROWS, users=3000, items=500, eval_share=0.4, rows_per_file=BLOCK, progress=lambda done, of: seen.append((done, of)))
+    write_log(
+        out, World(users=3000, items=500), rows=ROWS, eval_share=0.4, rows_per_file=BLOCK, progress=lambda done, of: seen.append((done, of))
+    )
     assert seen[-1] == (ROWS, ROWS)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     return out
@@ -45,8 +48,8 @@ def test_rows_are_split_over_files_of_whole_blocks(log):
 
 
 def test_a_seed_gives_the_same_log_however_it_is_cut_and_a_longer_one_begins_with_it(log, tmp_path):
-    write_log(tmp_path / "again", rows=2 * ROWS, users=3000, items=500, eval_share=0.4, rows_per_file=10**6)
-    write_log(tmp_path / "other", rows=ROWS, users=3000, items=500, eval_share=0.4, seed=1)
+    write_log(tmp_path / "again", World(users=3000, items=500), rows=2 * ROWS, eval_share=0.4, rows_per_file=10**6)
+    write_log(tmp_path / "other", World(1, users=3000, items=500), rows=ROWS, eval_share=0.4)
     for split in synthetic.SPLITS:
         first = pq.read_table(log / split)
         assert pq.read_table(tmp_path / "again" / split)[: len(first)].equals(first)
@@ -132,7 +135,7 @@ def test_integrals_over_the_hidden_equal_simulation():
 
 
 def test_huge_id_spaces_and_domains_cost_no_memory(tmp_path):
-    write_log(tmp_path / "log", rows=1000, users=10**8, items=10**8, domains=3)
+    write_log(tmp_path / "log", World(users=10**8, items=10**8, domains=3), rows=1000)
     rows = pq.read_table(tmp_path / "log" / "train").to_pandas()
     assert 10**6 < rows.user_id.max() < 10**8
     assert rows.domain.nunique() == 3
@@ -149,20 +152,22 @@ def test_ready_configs_load(log, head):
 
 @pytest.mark.parametrize("options", [{"rows": 3}, {"eval_share": 0.5}, {"users": 0}, {"domains": 0}, {"seed": -1}, {"confounding": -1.0}])
 def test_options_out_of_range_leave_nothing(tmp_path, options):
+    sizes = {k: v for k, v in options.items() if k in ("rows", "eval_share")}
+    world = {k: v for k, v in options.items() if k not in sizes}
     with pytest.raises(DistmtlError, match=next(iter(options))):
-        write_log(tmp_path / "log", **{"rows": 1000, **options})
+        write_log(tmp_path / "log", World(**world), **{"rows": 1000, **sizes})
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(DistmtlError, match="not empty"):
-        write_log(tmp_path, rows=1000)
+        write_log(tmp_path, World(), rows=1000)
     with pytest.raises(DistmtlError, match="is a file"):
-        write_log(tmp_path / "mine.txt", rows=1000)
+        write_log(tmp_path / "mine.txt", World(), rows=1000)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
     (tmp_path / "empty").mkdir()
-    write_log(tmp_path / "empty", rows=1000)
+    write_log(tmp_path / "empty", World(), rows=1000)
     assert (tmp_path / "empty" / "mmoe.yaml").exists()
 
 
@@ -171,5 +176,18 @@ def test_an_interrupted_log_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_log(tmp_path / "log", rows=1000, progress=interrupt)
+        write_log(tmp_path / "log", World(), rows=1000, progress=interrupt)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wide_log(tmp_path):
+    """As many features as it says, over tables as large as it says, with a signal; labels nest."""
+    write_log(tmp_path / "log", WideWorld(ids=6, bags=1, numbers=2, largest=10_000), rows=40_000, eval_share=0.4)
+    config, rows = load_config(tmp_path / "log" / "mmoe.yaml"), pq.read_table(tmp_path / "log" / "test").to_pandas()
+    assert [f.rows for f in config.embedded] == [100, 251, 631, 1585, 3981, 10_000, 1585]
+    assert len(config.features) == 9
+    assert rows.id05.between(9_000, 9_999).any()
+    assert (rows.conversion <= rows.click).all()
+    assert _within(rows.click, rows.p_click)
+    assert _within(rows.conversion, rows.p_conversion)
+    assert roc_auc_score(rows.click, rows.p_click) > 0.75

@@ -1,4 +1,4 @@
-"""Arrow columns → Batch. Training, evaluation and serving all read rows through here."""
+"""Arrow columns → Rows, checked. Training, evaluation and serving all read rows through here."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from distmtl.batch import NO_GROUP, Batch
+from distmtl.batch import NO_GROUP
 from distmtl.config import BinaryTask, BucketFeature, Config, IdFeature, NumericFeature, VectorFeature
 from distmtl.data.hashing import hash_strings, into_table
+from distmtl.data.rows import Ids, Rows
 from distmtl.errors import DistmtlError
 
 ROW = "__row__"  # the reader adds a row's number in the data set under this name
 
 
 class Collator:
-    """Columns of a table, checked, as tensors.
+    """Columns of a table, checked, as arrays.
 
     Args:
         config: features, tasks, weight and group columns.
@@ -39,53 +38,34 @@ class Collator:
         extra = [config.data.group, config.data.weight, *self.oracles]
         self.columns = list(dict.fromkeys([f.source for f in config.features] + [t.column for t in config.tasks] + [c for c in extra if c]))
 
-    def __call__(self, table: pa.Table, padded_rows: int, step: int = 0) -> Batch:
-        """A Batch of the table's rows followed by padding up to `padded_rows`.
+    def __call__(self, table: pa.Table) -> Rows:
+        """The table's rows.
 
         Raises:
             DistmtlError: a value that must not be trained, with its column and place.
         """
-        rows, n = padded_rows, table.num_rows
+        n, tasks = table.num_rows, len(self.config.tasks)
         columns = {name: _whole(table[name]) for name in (*self.columns, ROW)}
         numbers = columns[ROW].to_numpy()
         at = lambda i: self.locate(int(numbers[i]))  # noqa: E731
 
-        values, lengths, replaced = [], np.zeros((len(self.keys), rows), dtype=np.int32), 0
-        for i, feature in enumerate(self.config.embedded):
-            ids, lengths[i, :n], out = _embedded(columns[feature.source], feature, at)
-            values.append(ids)
-            replaced += out
-        sparse = KeyedJaggedTensor(
-            keys=self.keys,
-            values=torch.from_numpy(np.concatenate(values) if values else np.zeros(0, np.int64)),
-            lengths=torch.from_numpy(lengths.reshape(-1)),
-            stride=rows,
-        )
-        dense, start = np.zeros((rows, self.dense_width), dtype=np.float32), 0
+        ids, replaced = [], np.zeros(n, dtype=np.int64)
+        for feature in self.config.embedded:
+            found, outside = _embedded(columns[feature.source], feature, at)
+            ids.append(found)
+            if outside is not None:
+                replaced += outside
+        dense, start = np.empty((n, self.dense_width), dtype=np.float32), 0
         for number in self.config.dense:
-            dense[:n, start : start + number.width] = _dense(columns[number.source], number, at)
+            dense[:, start : start + number.width] = _dense(columns[number.source], number, at)
             start += number.width
 
-        tasks = len(self.config.tasks)
-        labels, weights = np.zeros((rows, tasks), dtype=np.float32), np.zeros((rows, tasks), dtype=np.float32)
+        labels, weights = np.empty((n, tasks), dtype=np.float32), np.empty((n, tasks), dtype=np.float32)
         weight = _weight(columns[self.config.data.weight], self.config.data.weight, at) if self.config.data.weight else np.float32(1)
         for t, task in enumerate(self.config.tasks):
-            label, known = _label(columns[task.column], task.column, isinstance(task, BinaryTask), at)
-            labels[:n, t], weights[:n, t] = label, known * weight
-
-        row_numbers = np.full(rows, -1, dtype=np.int64)
-        row_numbers[:n] = numbers
-        return Batch(
-            sparse=sparse,
-            dense=torch.from_numpy(dense),
-            labels=torch.from_numpy(labels),
-            weights=torch.from_numpy(weights),
-            rows=torch.from_numpy(row_numbers),
-            groups=self._groups(columns, rows, n),
-            oracle=self._oracle(columns, rows, n),
-            step=step,
-            replaced_ids=replaced,
-        )
+            labels[:, t], known = _label(columns[task.column], task.column, isinstance(task, BinaryTask), at)
+            weights[:, t] = known * weight
+        return Rows(ids, dense, labels, weights, numbers, replaced, self._groups(columns), self._oracle(columns, n))
 
     def mistakes(self, table: pa.Table) -> list[str]:
         """What `__call__` would refuse, every column's first mistake instead of the first column's."""
@@ -105,45 +85,31 @@ class Collator:
                 out.append(str(e))
         return out
 
-    def padding(self, rows: int, step: int, error: str | None = None) -> Batch:
-        """A batch of padding only, for a rank whose reader failed or has no rows left."""
-        tasks = len(self.config.tasks)
-        return Batch(
-            sparse=KeyedJaggedTensor(
-                keys=self.keys,
-                values=torch.zeros(0, dtype=torch.int64),
-                lengths=torch.zeros(len(self.keys) * rows, dtype=torch.int32),
-                stride=rows,
-            ),
-            dense=torch.zeros(rows, self.dense_width),
-            labels=torch.zeros(rows, tasks),
-            weights=torch.zeros(rows, tasks),
-            rows=torch.full((rows,), -1),
-            groups=torch.zeros(rows, dtype=torch.int64) if self.config.data.group else None,
-            oracle=torch.full((rows, tasks), torch.nan) if self.oracles else None,
-            step=step,
-            error=error,
-        )
+    def padding(self) -> Rows:
+        """No rows at all: what a batch of padding alone is made of."""
+        no = lambda *width: np.zeros((0, *width), dtype=np.float32)  # noqa: E731
+        none, tasks = np.zeros(0, dtype=np.int64), len(self.config.tasks)
+        groups, oracle = none if self.config.data.group else None, no(tasks) if self.oracles else None
+        return Rows([Ids(none, None) for _ in self.keys], no(self.dense_width), no(tasks), no(tasks), none, none, groups, oracle)
 
-    def _groups(self, columns: dict[str, pa.Array], rows: int, n: int) -> torch.Tensor | None:
+    def _groups(self, columns: dict[str, pa.Array]) -> np.ndarray | None:
         if not self.config.data.group:
             return None
-        column, out = columns[self.config.data.group], np.zeros(rows, dtype=np.int64)
+        column = columns[self.config.data.group]
         if is_string(column.type):
-            out[:n] = hash_strings(column.fill_null(""))
+            out = hash_strings(column.fill_null(""))
         else:
-            out[:n] = column.cast(pa.int64(), safe=False).fill_null(0).to_numpy(zero_copy_only=False)
-        out[:n][column.is_null().to_numpy(zero_copy_only=False)] = NO_GROUP
-        return torch.from_numpy(out)
+            out = column.cast(pa.int64(), safe=False).fill_null(0).to_numpy(zero_copy_only=False)
+        return np.where(column.is_null().to_numpy(zero_copy_only=False), NO_GROUP, out) if column.null_count else out
 
-    def _oracle(self, columns: dict[str, pa.Array], rows: int, n: int) -> torch.Tensor | None:
+    def _oracle(self, columns: dict[str, pa.Array], n: int) -> np.ndarray | None:
         if not self.oracles:
             return None
-        out = np.full((rows, len(self.oracles)), np.nan, dtype=np.float32)
+        out = np.full((n, len(self.oracles)), np.nan, dtype=np.float32)
         for t, name in enumerate(self.oracles):
             if name:
-                out[:n, t] = columns[name].to_numpy(zero_copy_only=False)
-        return torch.from_numpy(out)
+                out[:, t] = columns[name].to_numpy(zero_copy_only=False)
+        return out
 
 
 def is_string(kind: pa.DataType) -> bool:
@@ -183,39 +149,45 @@ def _first(mask: np.ndarray) -> int:
     return int(np.flatnonzero(mask)[0])
 
 
-def _embedded(array: pa.Array, feature: IdFeature | BucketFeature, at: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray | int, int]:
-    """Table rows of every id, ids per row, and how many ids the policy replaced."""
+def _embedded(array: pa.Array, feature: IdFeature | BucketFeature, at: Callable[[int], str]) -> tuple[Ids, np.ndarray | None]:
+    """Table rows of every id, and how many of each row's ids the policy replaced, if any."""
     if isinstance(feature, BucketFeature):
-        return _buckets(array, feature, at), 1, 0
-    lengths: Any = 1
+        return Ids(_buckets(array, feature, at), None), None
+    lengths: np.ndarray | None = None
+    n = len(array)
     if is_list(array.type):
         lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
         array = _plain(array.flatten())
         if array.null_count:
-            row = int(np.repeat(np.arange(len(lengths)), lengths)[_first(array.is_null().to_numpy(zero_copy_only=False))])
+            row = _row_of(_first(array.is_null().to_numpy(zero_copy_only=False)), lengths)
             raise DistmtlError(f"feature {feature.name!r}: a null inside a list at {at(row)}; leave it out of the list")
     elif array.null_count:
         lengths = array.is_valid().to_numpy(zero_copy_only=False).astype(np.int32)
         array = array.drop_null()
     if is_string(array.type):
         try:
-            return into_table(hash_strings(array), feature.rows), lengths, 0
+            return Ids(into_table(hash_strings(array), feature.rows), lengths), None
         except UnicodeDecodeError as e:
             raise DistmtlError(f"feature {feature.name!r}: {e.object!r:.80} is not UTF-8 text, in the rows from {at(0)} on") from None
-    ids = array.cast(pa.int64(), safe=False).to_numpy(zero_copy_only=False)  # a uint64 beyond int64 becomes negative: outside any table
-    if not len(ids) or (ids.min() >= 0 and ids.max() < feature.rows):
-        return ids, lengths, 0
+    whole = array if array.type == pa.int64() else array.cast(pa.int64(), safe=False)  # a uint64 beyond int64 becomes negative
+    ids = whole.to_numpy(zero_copy_only=False)
+    if not len(ids) or ids.view(np.uint64).max() < feature.rows:  # a negative one is huge as unsigned
+        return Ids(ids, lengths), None
     outside = (ids < 0) | (ids >= feature.rows)
     if feature.out_of_range == "error":
         first = _first(outside)
-        row = first if isinstance(lengths, int) else int(np.repeat(np.arange(len(lengths)), lengths)[first])
         raise DistmtlError(
-            f"feature {feature.name!r}: id {array[first]} at {at(row)} is outside its table's 0 … {feature.rows - 1}; "
+            f"feature {feature.name!r}: id {array[first]} at {at(_row_of(first, lengths))} is outside its table's 0 … {feature.rows - 1}; "
             "raise rows, or set out_of_range to hash or clip"
         )
     ids = ids.copy()
     ids[outside] = into_table(ids[outside], feature.rows) if feature.out_of_range == "hash" else feature.rows - 1
-    return ids, lengths, int(outside.sum())
+    return Ids(ids, lengths), np.bincount(_row_of(np.flatnonzero(outside), lengths), minlength=n)
+
+
+def _row_of(ids: Any, lengths: np.ndarray | None) -> Any:
+    """The rows that the ids at some positions belong to."""
+    return ids if lengths is None else np.repeat(np.arange(len(lengths)), lengths)[ids]
 
 
 def _buckets(array: pa.Array, feature: BucketFeature, at: Callable[[int], str]) -> np.ndarray:

@@ -13,6 +13,7 @@ from distmtl.batch import Batch
 from distmtl.data.collate import ROW, Collator, alike
 from distmtl.data.dataset import Dataset
 from distmtl.data.order import EpochOrder, steps_per_epoch, streams_of
+from distmtl.data.rows import Part, Rows, batch_of
 from distmtl.errors import DistmtlError
 
 DECODE_ROWS = 8192  # rows decoded at a time, per open row group
@@ -62,26 +63,22 @@ class Reader:
                 yield batch
 
     def _batches(self, first: int, last: int) -> Iterator[Batch]:
-        epoch, streams = -1, []
+        epoch, streams, nothing = -1, [], [(self.collate.padding(), 0, 0)]
         for step in range(first, last):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 order = self._order(epoch)
                 own = streams_of(self.rank, self.world_size, self.num_streams)
-                streams = [StreamRows(self.dataset, order, s, self.collate.columns) for s in own]
+                streams = [StreamRows(self.dataset, order, s, self.collate) for s in own]
             within = step % self.steps_per_epoch
             try:
                 due = [(s, order.rows_in_step(within, s.stream)) for s in streams]
-                tables = [s.take(within * self.rows_per_step, rows) for s, rows in due if rows]
-                padded = self._padded_rows(order, within)
-                yield (
-                    self.collate(pa.concat_tables(tables, promote_options="permissive"), padded, step)
-                    if tables
-                    else self.collate.padding(padded, step)
-                )
+                parts = [part for s, rows in due for part in s.take(within * self.rows_per_step, rows)]
+                yield batch_of(parts or nothing, self.collate.keys, self._padded_rows(order, within), step)
             except Exception as e:  # whatever it is, the other ranks must hear of it in this step, or they would wait for ever
                 what = str(e) if isinstance(e, DistmtlError) else f"{type(e).__name__}: {e}"
-                yield self.collate.padding(self._padded_rows(order, within), step, error=f"data set {self.dataset.path}: {what}")
+                error = f"data set {self.dataset.path}: {what}"
+                yield batch_of(nothing, self.collate.keys, self._padded_rows(order, within), step, error)
                 return
 
     def _order(self, epoch: int) -> EpochOrder:
@@ -95,31 +92,30 @@ class Reader:
 
 
 class StreamRows:
-    """Rows of one stream, window by window; a window is decoded once, permuted, and handed out in slices."""
+    """Rows of one stream, window by window; a window is decoded, checked and permuted once, and handed out in parts."""
 
-    def __init__(self, dataset: Dataset, order: EpochOrder, stream: int, columns: list[str]):
-        self.order, self.stream = order, stream
-        self.groups = GroupRows(dataset, columns)
+    def __init__(self, dataset: Dataset, order: EpochOrder, stream: int, collate: Collator):
+        self.order, self.stream, self.collate = order, stream, collate
+        self.groups = GroupRows(dataset, collate.columns)
         self.first = self.last = 0
-        self.table: pa.Table | None = None
+        self.window: Rows | None = None
 
-    def take(self, position: int, rows: int) -> pa.Table:
+    def take(self, position: int, rows: int) -> Iterator[Part]:
         """The stream's rows position … position+rows-1."""
-        parts = []
         while rows:
-            table = self._window(position)
-            part = table.slice(position - self.first, rows)
-            parts.append(part)
-            position, rows = position + part.num_rows, rows - part.num_rows
-        return pa.concat_tables(parts, promote_options="permissive")
+            window = self._window(position)
+            first = position - self.first
+            last = min(first + rows, self.last - self.first)
+            yield window, first, last
+            position, rows = position + last - first, rows - (last - first)
 
-    def _window(self, position: int) -> pa.Table:
-        if self.table is None or not self.first <= position < self.last:
+    def _window(self, position: int) -> Rows:
+        if self.window is None or not self.first <= position < self.last:
+            self.window = None  # not two at a time
             self.first, self.last, permutation = self.order.window_of(self.stream, position)
             pieces = [self.groups.take(*p) for p in self.order.pieces(self.stream, self.first, self.last)]
-            table = pa.concat_tables(pieces, promote_options="permissive")
-            self.table = table if permutation is None else table.combine_chunks().take(pa.array(permutation))
-        return self.table
+            self.window = self.collate(pa.concat_tables(pieces, promote_options="permissive")).permuted(permutation)
+        return self.window
 
 
 class GroupRows:

@@ -1,6 +1,6 @@
 """An impression → click → conversion → rating log whose best reachable metrics are known.
 
-    write_log(Path("log"), rows=600_000)     # log/{train,validation,test}/part-*.parquet and log/{mmoe,ple,shared_bottom}.yaml
+    write_log(Path("log"), World(), rows=600_000)     # log/{train,validation,test}/part-*.parquet and log/{mmoe,ple,shared_bottom}.yaml
 
 Who sees what is drawn, everything else follows: attributes of users and items and their effects on the logits are hashed
 from the ids, never stored, so that memory is flat up to 1e9 ids. Block b of a split is drawn from (seed, split, b): the
@@ -23,7 +23,7 @@ import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -52,26 +52,31 @@ SPREAD = {"click": 1.3, "conversion": 1.2, "rating": 0.6}  # standard deviation 
 Columns = dict[str, np.ndarray]
 
 
+class Source(Protocol):
+    """What a log is drawn from."""
+
+    name: str
+    about: str  # one line
+    heads: dict[str, dict[str, Any]]  # head → what its config has besides `config()`
+
+    def block(self, split: str, index: int) -> pa.Table: ...
+
+    def config(self) -> dict[str, Any]: ...
+
+
 def write_log(
     out: Path,
+    world: Source,
     *,
     rows: int = 600_000,
-    seed: int = 0,
-    users: int = 20_000,
-    items: int = 5_000,
-    domains: int = 1,
-    confounding: float = 0.0,
     eval_share: float = 0.1,
     rows_per_file: int = 8 * BLOCK,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the log and its ready configs.
+    """Write a log and its ready configs.
 
     Args:
         rows: of all three splits.
-        users, items: size of the id spaces; both are drawn by Zipf's law.
-        domains: above 1, a column `domain` shifts and bends the signal.
-        confounding: strength of a hidden taste that makes both the click and the conversion likelier.
         eval_share: of the rows, for validation and for test each.
         rows_per_file: rounded up to whole blocks.
         progress: called with (rows written, rows).
@@ -83,12 +88,8 @@ def write_log(
     sizes = {"train": rows - 2 * held_out, "validation": held_out, "test": held_out}
     if not 0 < eval_share < 0.5 or min(sizes.values()) < 1:
         raise DistmtlError(f"rows {rows} and eval_share {eval_share} leave a split empty; eval_share is between 0 and 0.5")
-    for name, value in {"users": users, "items": items, "domains": domains, "rows_per_file": rows_per_file}.items():
-        if not 1 <= value <= 10**9:
-            raise DistmtlError(f"{name} {value} is not in 1 … 1,000,000,000")
-    if confounding < 0 or seed < 0:
-        raise DistmtlError(f"seed {seed} and confounding {confounding} must not be negative")
-    world = World(seed, users, items, domains, confounding)
+    if not 1 <= rows_per_file <= 10**9:
+        raise DistmtlError(f"rows_per_file {rows_per_file} is not in 1 … 1,000,000,000")
     done = 0
     with new_folder(out) as folder:
         for split, size in sizes.items():
@@ -102,14 +103,54 @@ def write_log(
                         done += min(last - start, BLOCK)
                         if progress:
                             progress(done, rows)
-        write_configs(folder, "synthetic", __doc__.split("\n", 1)[0], _config(world), HEADS)
+        write_configs(folder, world.name, world.about, world.config(), world.heads)
 
 
-class World:
-    """Who there is, and what they click, buy and like."""
+class Planted:
+    """Numbers that hang on nothing but a seed, a name and ids."""
 
-    def __init__(self, seed: int, users: int, items: int, domains: int, confounding: float):
-        self.seed, self.users, self.items, self.domains, self.confounding = seed, users, items, domains, confounding
+    def __init__(self, seed: int):
+        if seed < 0:
+            raise DistmtlError(f"seed {seed} must not be negative")
+        self.seed = seed
+
+    def uniform(self, name: str, *ids: np.ndarray) -> np.ndarray:
+        """A number in [0, 1) for each tuple of ids, always the same."""
+        h = mix(np.array([(self.seed << 32 | zlib.crc32(name.encode())) % 2**64], dtype=np.uint64))
+        for i in ids:
+            h = mix(h ^ i.astype(np.uint64))
+        return (h >> np.uint64(11)) * 2.0**-53
+
+    def effect(self, name: str, *ids: np.ndarray) -> np.ndarray:
+        """As `uniform`, with mean 0 and variance 1."""
+        return (self.uniform(name, *ids) - 0.5) * math.sqrt(12)
+
+
+class World(Planted):
+    """Who there is, and what they click, buy and like.
+
+    Args:
+        users, items: size of the id spaces; both are drawn by Zipf's law.
+        domains: above 1, a column `domain` shifts and bends the signal.
+        confounding: strength of a hidden taste that makes both the click and the conversion likelier.
+    """
+
+    name = "synthetic"
+    about = __doc__.split("\n", 1)[0]
+    heads: dict[str, dict[str, Any]] = {  # noqa: RUF012
+        "mmoe": {"model": {"kind": "mmoe", "num_experts": 4, "expert": [128, 64]}},
+        "ple": {"model": {"kind": "ple", "num_levels": 2, "shared_experts": 2, "task_experts": 1, "expert": [64]}},
+        "shared_bottom": {"model": {"kind": "shared_bottom", "bottom": [128, 64]}},
+    }
+
+    def __init__(self, seed: int = 0, users: int = 20_000, items: int = 5_000, domains: int = 1, confounding: float = 0.0):
+        super().__init__(seed)
+        for name, value in {"users": users, "items": items, "domains": domains}.items():
+            if not 1 <= value <= 10**9:
+                raise DistmtlError(f"{name} {value} is not in 1 … 1,000,000,000")
+        if confounding < 0:
+            raise DistmtlError(f"confounding {confounding} must not be negative")
+        self.users, self.items, self.domains, self.confounding = users, items, domains, confounding
         self.scale: dict[str, float] = dict.fromkeys(WEIGHTS, 1.0)
         self.offset: dict[str, float] = dict.fromkeys(WEIGHTS, 0.0)
         x = self.impressions(np.random.default_rng((seed, len(SPLITS), 0)))
@@ -118,16 +159,16 @@ class World:
             self.scale[task] = SPREAD[task] / max(float(signal.std()), 1e-9)
             self.offset[task] = -float(signal.mean()) * self.scale[task]
         click, conversion = self.logit("click", x), self.logit("conversion", x)
-        self.offset["click"] += _solve(lambda b: float(self.marginal(click + b).mean()) - CLICK_RATE)
+        self.offset["click"] += solve(lambda b: float(self.marginal(click + b).mean()) - CLICK_RATE)
         click = self.logit("click", x)
         p = self.marginal(click)
-        self.offset["conversion"] += _solve(
+        self.offset["conversion"] += solve(
             lambda b: float((p * self.p_conversion(click, conversion + b)).sum() / p.sum()) - CONVERSION_RATE
         )
 
     def impressions(self, rng: np.random.Generator) -> Columns:
         """The features of BLOCK impressions; `interests` is (BLOCK, MAX_INTERESTS) with -1 where there is none."""
-        user, item = _ids(rng.random(BLOCK), self.users, 0.8), _ids(rng.random(BLOCK), self.items, 1.0)
+        user, item = scattered(rng.random(BLOCK), self.users, 0.8), scattered(rng.random(BLOCK), self.items, 1.0)
         category = _zipf(self.uniform("category", item), CATEGORIES, 0.7)
         slots = np.arange(MAX_INTERESTS)
         interests = _zipf(self.uniform("interest", user[:, None], slots[None]), CATEGORIES, 0.7)
@@ -181,8 +222,8 @@ class World:
         x = self.impressions(rng)
         click, conversion, rating = (self.logit(task, x) for task in WEIGHTS)
         hidden = self.confounding * rng.standard_normal(BLOCK)
-        clicked = rng.random(BLOCK) < _sigmoid(click + NOISE * rng.standard_normal(BLOCK) + hidden)
-        converted = (rng.random(BLOCK) < _sigmoid(conversion + NOISE * rng.standard_normal(BLOCK) + hidden)) & clicked
+        clicked = rng.random(BLOCK) < sigmoid(click + NOISE * rng.standard_normal(BLOCK) + hidden)
+        converted = (rng.random(BLOCK) < sigmoid(conversion + NOISE * rng.standard_normal(BLOCK) + hidden)) & clicked
         stars = np.clip(np.round(3.6 + rating + 0.7 * rng.standard_normal(BLOCK)), 1, 5).astype(np.float32)
         rated = converted & (rng.random(BLOCK) < 0.9)
 
@@ -214,16 +255,32 @@ class World:
             both += p * _mean_sigmoid(conversion + self.confounding * h, NOISE)
         return both / clicked
 
-    def uniform(self, name: str, *ids: np.ndarray) -> np.ndarray:
-        """A number in [0, 1) for each tuple of ids, always the same."""
-        h = mix(np.array([(self.seed << 32 | zlib.crc32(name.encode())) % 2**64], dtype=np.uint64))
-        for i in ids:
-            h = mix(h ^ i.astype(np.uint64))
-        return (h >> np.uint64(11)) * 2.0**-53
-
-    def effect(self, name: str, *ids: np.ndarray) -> np.ndarray:
-        """As `uniform`, with mean 0 and variance 1."""
-        return (self.uniform(name, *ids) - 0.5) * math.sqrt(12)
+    def config(self) -> dict[str, Any]:
+        sizes = {"age": AGES, "city": CITIES, "brand": BRANDS, "hour": 24, "device": DEVICES, "position": POSITIONS}
+        if self.domains > 1:
+            sizes["domain"] = self.domains
+        return {
+            "data": {"train": "train", "validation": "validation", "test": "test", "group": "user_id"},
+            "features": [
+                {"kind": "id", "name": "user_id", "rows": self.users, "dim": 16},
+                {"kind": "id", "name": "item_id", "rows": self.items, "dim": 16},
+                {"kind": "id", "name": "category", "rows": CATEGORIES, "dim": 16},
+                {"kind": "id", "name": "interests", "table": "category", "rows": CATEGORIES, "dim": 16, "pooling": "mean"},
+                *({"kind": "id", "name": name, "rows": rows, "dim": 8} for name, rows in sizes.items()),
+                {"kind": "numeric", "name": "price", "log": True, "mean": 3.0, "std": 0.9},
+                {"kind": "numeric", "name": "days_since_visit", "log": True, "mean": 1.8, "std": 0.8},
+            ],
+            "tasks": [
+                {"kind": "binary", "name": "click", "true_probability": "p_click"},
+                {"kind": "binary", "name": "conversion", "true_probability": "p_conversion"},
+            ],
+            "optimizer": {
+                "tables": {"kind": "rowwise_adagrad", "lr": 0.05},
+                "dense": {"kind": "adamw", "lr": 0.005},
+                "schedule": {"warmup_steps": 20, "decay": "cosine"},
+            },
+            "train": {"global_batch_size": 1024, "epochs": 1, "log_every": 50},  # a second epoch learns users by heart
+        }
 
 
 def _normal(nodes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -232,14 +289,14 @@ def _normal(nodes: int) -> tuple[np.ndarray, np.ndarray]:
     return x, w / w.sum()
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
 def _mean_sigmoid(logit: np.ndarray, std: float) -> np.ndarray:
     """E σ(logit + std·z), to 1e-4 or better for std up to 2."""
     z, weights = _normal(7 if std < 1 else 15)
-    return _sigmoid(logit[:, None] + std * z) @ weights
+    return sigmoid(logit[:, None] + std * z) @ weights
 
 
 def _zipf(u: np.ndarray, n: int, exponent: float) -> np.ndarray:
@@ -251,51 +308,14 @@ def _zipf(u: np.ndarray, n: int, exponent: float) -> np.ndarray:
     return np.minimum(x.astype(np.int64) - 1, n - 1)
 
 
-def _ids(u: np.ndarray, n: int, exponent: float) -> np.ndarray:
+def scattered(u: np.ndarray, n: int, exponent: float) -> np.ndarray:
     """As `_zipf`, the popular ones scattered over 0 … n-1: times a prime above n is a permutation."""
     return _zipf(u, n, exponent) * 2_654_435_761 % n
 
 
-def _solve(f: Callable[[float], float], low: float = -8.0, high: float = 8.0) -> float:
+def solve(f: Callable[[float], float], low: float = -8.0, high: float = 8.0) -> float:
     """Where the increasing f is 0."""
     for _ in range(20):
         middle = (low + high) / 2
         low, high = (middle, high) if f(middle) < 0 else (low, middle)
     return low
-
-
-# ------------------------------------------------------------------------------------------------------------- configs
-
-HEADS: dict[str, dict[str, Any]] = {
-    "mmoe": {"model": {"kind": "mmoe", "num_experts": 4, "expert": [128, 64]}},
-    "ple": {"model": {"kind": "ple", "num_levels": 2, "shared_experts": 2, "task_experts": 1, "expert": [64]}},
-    "shared_bottom": {"model": {"kind": "shared_bottom", "bottom": [128, 64]}},
-}
-
-
-def _config(world: World) -> dict[str, Any]:
-    sizes = {"age": AGES, "city": CITIES, "brand": BRANDS, "hour": 24, "device": DEVICES, "position": POSITIONS}
-    if world.domains > 1:
-        sizes["domain"] = world.domains
-    return {
-        "data": {"train": "train", "validation": "validation", "test": "test", "group": "user_id"},
-        "features": [
-            {"kind": "id", "name": "user_id", "rows": world.users, "dim": 16},
-            {"kind": "id", "name": "item_id", "rows": world.items, "dim": 16},
-            {"kind": "id", "name": "category", "rows": CATEGORIES, "dim": 16},
-            {"kind": "id", "name": "interests", "table": "category", "rows": CATEGORIES, "dim": 16, "pooling": "mean"},
-            *({"kind": "id", "name": name, "rows": rows, "dim": 8} for name, rows in sizes.items()),
-            {"kind": "numeric", "name": "price", "log": True, "mean": 3.0, "std": 0.9},
-            {"kind": "numeric", "name": "days_since_visit", "log": True, "mean": 1.8, "std": 0.8},
-        ],
-        "tasks": [
-            {"kind": "binary", "name": "click", "true_probability": "p_click"},
-            {"kind": "binary", "name": "conversion", "true_probability": "p_conversion"},
-        ],
-        "optimizer": {
-            "tables": {"kind": "rowwise_adagrad", "lr": 0.05},
-            "dense": {"kind": "adamw", "lr": 0.005},
-            "schedule": {"warmup_steps": 20, "decay": "cosine"},
-        },
-        "train": {"global_batch_size": 1024, "epochs": 1, "log_every": 50},  # a second epoch learns users by heart
-    }

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from distmtl.config import Config
+from distmtl.distributed.matmul import fastest_fp32
 from distmtl.errors import DistmtlError
 
 R = TypeVar("R")
@@ -43,6 +44,7 @@ def process_group(config: Config) -> Iterator[Process]:
         DistmtlError: more processes than data.num_streams, or a device that is not there.
     """
     quieten()
+    fastest_fp32()
     own = not dist.is_initialized()
     device = choose_device(config)
     if own:

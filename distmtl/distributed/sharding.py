@@ -100,7 +100,9 @@ def constraints(config: Config, local_world_size: int, world_size: int) -> dict[
             types = tuple(t for t in types if t == "table_wise") or types
         if own is None and config.table_optimizer(name).kind == "rowwise_adagrad":
             types = tuple(t for t in types if t not in ("column_wise", "grid_shard"))
-        if world_size == local_world_size and own is None:
+        if world_size == 1 and own is None:
+            types = tuple(t for t in types if t == "table_wise") or types  # the others cut into one piece, and pay for the cutting
+        elif world_size == local_world_size and own is None:
             types = tuple(t for t in types if t not in ("table_row_wise", "grid_shard")) or ("table_wise",)
         out[name] = ParameterConstraints(
             sharding_types=list(types),

@@ -8,6 +8,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, Po
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distmtl.config import BucketFeature, Config, IdFeature
+from distmtl.model.kernels import Run, side_by_side
 
 
 def embedding_tables(config: Config) -> EmbeddingBagCollection | None:
@@ -34,20 +35,33 @@ def embedding_tables(config: Config) -> EmbeddingBagCollection | None:
 class FeatureVector(nn.Module):
     """Pooled embeddings and dense features side by side, in config order whatever the sharding plan.
 
-    forward: pooled (B, sum of dims), ids of the same features, dense (B, dense width) → (B, width)
+    forward: pooled (B, sum of dims), ids of the same features, dense (B, dense width) → (B, width), in the precision of the head
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.keys = [f.name for f in config.embedded]
+        self.dims = [f.dim for f in config.embedded]
         self.mean = [i for i, f in enumerate(config.embedded) if f.pooling == "mean"]
-        self.width = sum(f.dim for f in config.embedded) + sum(f.width for f in config.dense)
+        self.width = sum(self.dims) + sum(f.width for f in config.dense)
+        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
 
     def forward(self, pooled: KeyedTensor, ids: KeyedJaggedTensor, dense: Tensor) -> Tensor:
-        columns = pooled.to_dict()
-        parts = [columns[key] for key in self.keys]
+        scales = None
         if self.mean:
-            lengths = ids.lengths().view(len(self.keys), -1)
-            for i in self.mean:
-                parts[i] = parts[i] / lengths[i].clamp(min=1).unsqueeze(1)
-        return torch.cat([*parts, dense], dim=1)
+            scales = 1.0 / ids.lengths().view(len(self.keys), -1)[self.mean].clamp(min=1)
+        return side_by_side(pooled.values(), self._runs(pooled), scales, dense, self.dtype)
+
+    def _runs(self, pooled: KeyedTensor) -> list[Run]:
+        """The columns of `pooled` in config order, neighbours there that are neighbours here taken together."""
+        starts, start = {}, 0
+        for key, dim in zip(pooled.keys(), pooled.length_per_key(), strict=True):
+            starts[key], start = start, start + dim
+        runs: list[Run] = []
+        for i, (key, dim) in enumerate(zip(self.keys, self.dims, strict=True)):
+            scale = self.mean.index(i) if i in self.mean else None
+            if runs and scale is None and runs[-1].scale is None and runs[-1].first + runs[-1].width == starts[key]:
+                runs[-1] = Run(runs[-1].first, runs[-1].width + dim)
+            else:
+                runs.append(Run(starts[key], dim, scale))
+        return runs

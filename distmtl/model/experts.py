@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distmtl.model.kernels import linear_relu
+
 
 class Experts(nn.Module):
     """E networks of one shape, their weights stacked: (E, out, in) per layer. ReLU and dropout after every layer.
 
-    A slice of a stacked weight is contiguous, so every expert runs its own fast GEMM; nothing is stacked at run time.
+    A slice of a stacked weight is contiguous, so every expert runs its own fast GEMM (kernels.py); nothing is stacked at run time.
 
     forward: (B, in), or one (B, in) per expert → E tensors (B, out)
     """
@@ -33,13 +35,12 @@ class Experts(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        outputs = []
-        for e in range(self.weights[0].shape[0]):
-            h = x if isinstance(x, Tensor) else x[e]
-            for weight, bias in zip(self.weights, self.biases, strict=True):
-                h = F.dropout(F.relu(F.linear(h, weight[e], bias[e])), self.dropout, self.training)
-            outputs.append(h)
-        return outputs
+        hs = [x] * self.weights[0].shape[0] if isinstance(x, Tensor) else x
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            hs = linear_relu(hs, weight, bias)
+            if self.dropout:
+                hs = [F.dropout(h, self.dropout, self.training) for h in hs]
+        return list(hs)
 
 
 class Gate(nn.Linear):
@@ -53,19 +54,18 @@ class Gate(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.softmax(super().forward(x), dim=1, dtype=torch.float32)
+        return gates([self], x)[:, 0]
 
 
-def mix(gate: Tensor, experts: Sequence[Tensor]) -> Tensor:
-    """Σₑ gate[:, e]·expertₑ: (B, E), E tensors (B, H) → (B, H), accumulated without stacking the experts."""
-    out = gate[:, :1] * experts[0]
-    for e in range(1, len(experts)):
-        out = torch.addcmul(out, gate[:, e : e + 1], experts[e])
-    return out
+def gates(several: Iterable[Gate], x: Tensor) -> Tensor:
+    """Gates of one size over one input, as one GEMM: T gates, (B, in) → (B, T, E), float32"""
+    several = list(several)
+    logits = F.linear(x, torch.cat([g.weight for g in several]), torch.cat([g.bias for g in several]))
+    return F.softmax(logits.view(len(x), len(several), -1), dim=2, dtype=torch.float32)
 
 
 class Output(nn.Linear):
-    """The last layer of a tower, with a chosen bias at start."""
+    """The last layer of a tower, with a chosen bias at start; in full precision, whatever came before."""
 
     def __init__(self, width: int, start: float):
         self.start = start
@@ -74,6 +74,10 @@ class Output(nn.Linear):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.constant_(self.bias, self.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 class Tower(nn.Module):
@@ -90,5 +94,6 @@ class Tower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.hidden:
-            x = F.dropout(F.relu(layer(x)), self.dropout, self.training)
+            (x,) = linear_relu([x], layer.weight[None], layer.bias[None])
+            x = F.dropout(x, self.dropout, self.training)
         return self.output(x).squeeze(1)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from distmtl.model.experts import Experts, Gate, mix
+from distmtl.model.experts import Experts, Gate, gates
+from distmtl.model.kernels import mix
 
 
 class MMoE(nn.Module):
@@ -22,5 +23,4 @@ class MMoE(nn.Module):
         self.gates = nn.ModuleList(Gate(width, num_experts) for _ in range(num_tasks))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        experts = self.experts(x)
-        return [mix(gate(x), experts) for gate in self.gates]
+        return mix(gates(self.gates, x), self.experts(x))

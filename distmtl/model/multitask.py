@@ -24,11 +24,12 @@ from distmtl.model.shared_bottom import SharedBottom
 class Head(nn.Module):
     """Sharing network and towers: everything between feature vector and logits, without a table inside.
 
-    forward: (B, width) → logits (B, T)
+    forward: (B, width) → logits (B, T), float32 in either precision
     """
 
     def __init__(self, config: Config, width: int):
         super().__init__()
+        self.bf16 = config.train.precision == "bf16"
         self.sharing = sharing_network(config, width)
         dropout = getattr(config.model, "dropout", 0.0)
         self.towers = nn.ModuleList(
@@ -36,7 +37,8 @@ class Head(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([tower(h) for tower, h in zip(self.towers, self.sharing(x), strict=True)], dim=1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return torch.stack([tower(h) for tower, h in zip(self.towers, self.sharing(x), strict=True)], dim=1)
 
 
 def sharing_network(config: Config, width: int) -> Any:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from distmtl.model.experts import Experts, Gate, mix
+from distmtl.model.experts import Experts, Gate, gates
+from distmtl.model.kernels import mix
 
 
 class CGC(nn.Module):
@@ -27,8 +28,13 @@ class CGC(nn.Module):
         split = self.num_tasks * self.own
         experts = self.experts([x[t] for t in range(self.num_tasks) for _ in range(self.own)] + [x[-1]] * self.shared)
         shared = experts[split:]
-        out = [mix(gate(x[t]), experts[t * self.own : (t + 1) * self.own] + shared) for t, gate in enumerate(self.gates)]
-        return out if self.shared_gate is None else [*out, mix(self.shared_gate(x[-1]), experts)]
+        own = (experts[t * self.own : (t + 1) * self.own] for t in range(self.num_tasks))
+        out = [self._mixed(gate, x[t], mine + shared) for t, (gate, mine) in enumerate(zip(self.gates, own, strict=True))]
+        return out if self.shared_gate is None else [*out, self._mixed(self.shared_gate, x[-1], experts)]
+
+    @staticmethod
+    def _mixed(gate: nn.Module, x: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        return mix(gates([gate], x), experts)[0]
 
 
 class PLE(nn.Module):

@@ -13,7 +13,7 @@ from worlds import run_world, train_world
 
 from distmtl.__main__ import main, parse
 from distmtl.config_file import load_config, parse_config
-from distmtl.data.synthetic import write_log
+from distmtl.data.synthetic import World, write_log
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("log") / "synthetic"
-    write_log(out, rows=40_000)
+    write_log(out, World(), rows=40_000)
     return out
 
 

@@ -1,0 +1,269 @@
+"""What the model of a config could do at most on one thread of this machine, piece by piece.
+
+    .venv/bin/python benchmarks/limit.py data/wide/mmoe.yaml [section.key=value …]
+
+gemm        the head's matrix products alone, forward and backward, each by its fastest kernel in that precision
+embeddings  raw FBGEMM on the ids of real batches: lookup, gradient, update of the tables
+limit       1 / (1/gemm + 1/embeddings): both need the same core
+decode      pyarrow reads the columns that the config needs, and nothing else: overlaps where a core is free
+rows        the table rows that the ids touch, read and written at the speed of random rows: what memory allows embeddings
+exchange    bytes to other workers over the speed of gloo on this machine, of two workers; overlaps where a core is free
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+
+from distmtl.batch import Batch
+from distmtl.config import Config
+from distmtl.config_file import load_config
+from distmtl.data.collate import Collator
+from distmtl.data.dataset import Dataset, open_dataset
+from distmtl.data.reader import Reader
+from distmtl.distributed.matmul import fastest_fp32
+from distmtl.model.experts import Experts, Gate
+from distmtl.model.multitask import Head
+
+BATCHES = 8
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def reader_of(config: Config, dataset: Dataset) -> Reader:
+    return Reader(
+        dataset,
+        Collator(config),
+        global_batch_size=config.train.global_batch_size,
+        num_streams=config.data.num_streams,
+        window=config.data.shuffle_window,
+        seed=config.run.seed,
+        rank=0,
+        world_size=1,
+        prefetch=config.data.prefetch,
+    )
+
+
+def real_batches(config: Config, count: int = BATCHES) -> list[Batch]:
+    return list(reader_of(config, open_dataset(config.data.train)).batches(0, count))
+
+
+def products(config: Config, width: int) -> list[tuple[int, int]]:
+    """(in, out) of every matrix product of the head; the gates are one."""
+    head, shapes, gates = Head(config, width), [], {}
+    for module in head.modules():
+        if isinstance(module, Experts):
+            shapes += [(w.shape[2], w.shape[1]) for w in module.weights for _ in range(w.shape[0])]
+        elif isinstance(module, Gate):
+            gates[module.in_features] = gates.get(module.in_features, 0) + module.out_features
+        elif isinstance(module, torch.nn.Linear):
+            shapes.append((module.in_features, module.out_features))
+    return shapes + list(gates.items())
+
+
+class Gemms:
+    """Every product of the head: x·Wᵀ, g·W, gᵀ·x, each by the fastest of torch's default, oneDNN's matmul, oneDNN's linear."""
+
+    def __init__(self, shapes: Iterable[tuple[int, int]], batch: int, dtype: torch.dtype):
+        fastest_fp32()
+        self.work: list[Callable[[], object]] = []
+        fastest: dict[tuple[int, int], list[Callable[[], object]]] = {}
+        linear = torch.ops.mkldnn._linear_pointwise
+        for shape in shapes:
+            if shape not in fastest:
+                x, w, g = (torch.randn(*s).to(dtype) for s in ((batch, shape[0]), (shape[1], shape[0]), (batch, shape[1])))
+                fastest[shape] = [
+                    _fastest(lambda x=x, w=w: x @ w.T, lambda x=x, w=w: linear(x, w, None, "none", [], "")),
+                    _fastest(lambda g=g, w=w: g @ w, lambda g=g, w=w: linear(g, w.T.contiguous(), None, "none", [], "")),
+                    _fastest(lambda g=g, x=x: g.T @ x, lambda g=g, x=x: (x.T @ g).T),
+                ]
+            self.work += fastest[shape]
+
+    def __call__(self) -> None:
+        for product in self.work:
+            product()
+
+
+def _fastest(*candidates: Callable[[], object]) -> Callable[[], object]:
+    times: dict[int, float] = {}
+    for i, f in enumerate(candidates):
+        f()
+        times[i] = min(cpu_seconds(f) for _ in range(3))
+    return candidates[min(times, key=lambda i: times[i])]
+
+
+class RawTables:
+    """FBGEMM's table-batched embedding bags, fed with the ids of real batches, without TorchRec."""
+
+    def __init__(self, config: Config, batches: list[Batch]):
+        tables: dict[str, tuple[int, int]] = {}
+        for f in config.embedded:
+            tables.setdefault(f.table_name, (f.rows, f.dim))
+        names = list(tables)
+        self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
+            [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, dim in tables.values()],
+            feature_table_map=[names.index(f.table_name) for f in config.embedded],
+            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            learning_rate=0.05,
+            eps=1e-8,
+            bounds_check_mode=BoundsCheckMode.NONE,
+        )
+        for weights in self.tbe.split_embedding_weights():
+            weights.uniform_(-0.01, 0.01)
+        self.inputs = [(b.sparse.values(), b.sparse.offsets().long()) for b in batches]
+        out = self.tbe(*self.inputs[0])
+        self.gradient, self.next = torch.randn_like(out) * 1e-3, 0
+
+    def __call__(self) -> None:
+        values, offsets = self.inputs[self.next % len(self.inputs)]
+        self.next += 1
+        self.tbe(values, offsets).backward(self.gradient)
+
+
+class RandomRows:
+    """The ids' rows of one big table, read and written back: the traffic of the tables without the arithmetic."""
+
+    def __init__(self, config: Config, batches: list[Batch]):
+        dim = max(f.dim for f in config.embedded)
+        offsets = torch.cumsum(torch.tensor([0] + [f.rows for f in config.embedded]), 0)
+        self.table = torch.zeros(int(offsets[-1]), dim)
+        self.ids, self.next = [], 0
+        for b in batches:
+            counts = b.sparse.lengths().view(len(config.embedded), -1).sum(1)
+            self.ids.append(b.sparse.values() + torch.repeat_interleave(offsets[:-1], counts))
+
+    def __call__(self) -> None:
+        ids = self.ids[self.next % len(self.ids)]
+        self.next += 1
+        self.table[ids] = self.table[ids]
+
+
+def decode(dataset: Dataset, columns: list[str], rows: int) -> int:
+    """Read at least so many rows; returns how many."""
+    done = 0
+    for part in range(len(dataset.parts)):
+        with dataset.open_part(part) as file:
+            for batch in file.iter_batches(batch_size=8192, columns=columns, use_threads=False):
+                done += batch.num_rows
+                if done >= rows:
+                    return done
+    return done
+
+
+def exchange_bytes(config: Config, batch: Batch, dense_parameters: int) -> dict[str, int]:
+    """What one of two workers sends in a step: half of its rows' ids and vectors go to the other, and as many gradients back."""
+    rows = len(batch.rows)
+    vectors = rows * sum(f.dim for f in config.embedded) * 4 // 2
+    ids = (batch.sparse.values().numel() * 8 + batch.sparse.lengths().numel() * 4) // 2
+    return {"all-to-all": ids + 2 * vectors, "all-reduce": dense_parameters * 4}
+
+
+def _exchange(rank: int, file: str, sizes: dict[str, int], rounds: int, seconds: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    send = {name: torch.zeros(size // 4 // 2 * 2) for name, size in sizes.items()}
+    receive = torch.zeros_like(send["all-to-all"])
+    for i in range(rounds + 2):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_to_all_single(receive, send["all-to-all"])
+        dist.all_reduce(send["all-reduce"])
+        if i >= 2 and rank == 0:
+            seconds.append(time.perf_counter() - began)
+    dist.destroy_process_group()
+
+
+def exchange_seconds(sizes: dict[str, int], rounds: int = 9) -> float:
+    """Median seconds that two processes need to exchange so many bytes, doing nothing else."""
+    with TemporaryDirectory() as folder, mp.Manager() as manager:
+        seconds = manager.list()
+        mp.spawn(_exchange, (str(Path(folder) / "store"), sizes, rounds, seconds), nprocs=2)
+        return statistics.median(seconds)
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+@dataclass
+class Limit:
+    """Samples per CPU second of every piece."""
+
+    gemm: dict[str, float]
+    embeddings: float
+    rows: float
+    decode: float
+
+    def of(self, precision: str) -> float:
+        return 1 / (1 / self.gemm[precision] + 1 / self.embeddings)
+
+
+def pieces(config: Config, batches: list[Batch]) -> dict[str, tuple[Callable[[], object], int]]:
+    """Name → work, rows of it."""
+    batch, dataset = config.train.global_batch_size, open_dataset(config.data.train)
+    width = sum(f.dim for f in config.embedded) + sum(f.width for f in config.dense)
+    columns = Collator(config).columns
+    rows = min(dataset.rows, 16 * batch)
+    out: dict[str, tuple[Callable[[], object], int]] = {
+        f"gemm {name}": (Gemms(products(config, width), batch, dtype), batch) for name, dtype in DTYPES.items()
+    }
+    return out | {
+        "embeddings": (RawTables(config, batches), batch),
+        "rows": (RandomRows(config, batches), batch),
+        "decode": (lambda: decode(dataset, columns, rows), rows),
+    }
+
+
+def measure(work: dict[str, tuple[Callable[[], object], int]], rounds: int) -> dict[str, list[float]]:
+    """Samples per CPU second of every piece, round by round; rounds are interleaved."""
+    speeds: dict[str, list[float]] = {name: [] for name in work}
+    for f, _ in work.values():
+        f()
+    for _ in range(rounds):
+        for name, (f, rows) in work.items():
+            speeds[name].append(rows / cpu_seconds(f))
+    return speeds
+
+
+def limit_of(speeds: dict[str, float]) -> Limit:
+    return Limit({p: speeds[f"gemm {p}"] for p in DTYPES}, speeds["embeddings"], speeds["rows"], speeds["decode"])
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("config")
+    p.add_argument("overrides", nargs="*", metavar="section.key=value")
+    p.add_argument("--rounds", type=int, default=9)
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    config = load_config(a.config, a.overrides)
+    batches = real_batches(config)
+    speeds = {name: statistics.median(s) for name, s in measure(pieces(config, batches), a.rounds).items()}
+    limit = limit_of(speeds)
+    for name, speed in speeds.items():
+        print(f"{name:16}{speed:>14,.0f} samples/s")
+    dense = sum(i * o + o for i, o in products(config, sum(f.dim for f in config.embedded) + sum(f.width for f in config.dense)))
+    sizes = exchange_bytes(config, batches[0], dense)
+    text = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
+    rate = 2 * config.train.global_batch_size / exchange_seconds(sizes)
+    print(f"{'exchange':16}{rate:>14,.0f} samples/s of two workers ({text} per worker and step)")
+    for precision in DTYPES:
+        print(f"{'limit ' + precision:16}{limit.of(precision):>14,.0f} samples/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The loops that distmtl is measured against, on the same batches, model and optimizers. Each is one object; `train(batches)` trains.
+
+InMemory   what is possible: raw FBGEMM tables, our head, fused Adam; no TorchRec, no reader, no framework
+TorchRec   TorchRec as its examples use it: DistributedModelParallel, the experts a list of nn.Linear; `tuned` with our head
+PyTorch    plain PyTorch as a good engineer writes it in an hour: nn.EmbeddingBag with sparse gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+import torchrec
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrec.distributed import DistributedModelParallel, TrainPipelineBase
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import KeyedOptimizerWrapper
+
+from benchmarks.limit import RawTables
+from distmtl.batch import Batch
+from distmtl.config import Config, MMoEConfig
+from distmtl.model.embeddings import embedding_tables
+from distmtl.model.multitask import Head, initialise_dense
+
+
+class TextbookHead(nn.Module):
+    """MMoE as it is usually written: every expert its own nn.Sequential, their outputs stacked."""
+
+    def __init__(self, config: Config, width: int):
+        super().__init__()
+        model = config.model
+        assert isinstance(model, MMoEConfig)
+
+        def mlp(into: int, layers: tuple[int, ...]) -> nn.Sequential:
+            sizes = list(zip((into, *layers), layers, strict=False))
+            return nn.Sequential(*(m for i, o in sizes for m in (nn.Linear(i, o), nn.ReLU())))
+
+        self.experts = nn.ModuleList(mlp(width, model.expert) for _ in range(model.num_experts))
+        self.gates = nn.ModuleList(nn.Linear(width, model.num_experts) for _ in config.tasks)
+        self.towers = nn.ModuleList(nn.Sequential(mlp(model.expert[-1], t.tower), nn.Linear(t.tower[-1], 1)) for t in config.tasks)
+        self.bf16 = config.train.precision == "bf16"
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            experts = torch.stack([expert(x) for expert in self.experts], dim=1)
+            mixed = [(F.softmax(gate(x), dim=1).unsqueeze(2) * experts).sum(1) for gate in self.gates]
+            return torch.cat([tower(m) for tower, m in zip(self.towers, mixed, strict=True)], dim=1).float()
+
+
+def width_of(config: Config) -> int:
+    return sum(f.dim for f in config.embedded) + sum(f.width for f in config.dense)
+
+
+def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0).sum()
+
+
+class InMemory:
+    def __init__(self, config: Config, batches: list[Batch]):
+        self.tables = RawTables(config, batches).tbe
+        self.head = Head(config, width_of(config))
+        initialise_dense(self.head, config.run.seed)
+        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=1e-3, fused=True)
+
+    def train(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            self._step(batch)
+
+    def _step(self, batch: Batch) -> None:
+        pooled = self.tables(batch.sparse.values(), batch.sparse.offsets().long())
+        loss = loss_of(self.head(torch.cat([pooled, batch.dense], dim=1)), batch.labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+class TorchRec:
+    class Model(nn.Module):
+        def __init__(self, config: Config, head: nn.Module):
+            super().__init__()
+            self.tables, self.head = embedding_tables(config), head
+            self.keys = [f.name for f in config.embedded]
+
+        def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+            pooled = self.tables(batch.sparse).to_dict()
+            loss = loss_of(self.head(torch.cat([*(pooled[k] for k in self.keys), batch.dense], dim=1)), batch.labels)
+            return loss, loss.detach()
+
+    def __init__(self, config: Config, tuned: bool):
+        head = Head(config, width_of(config)) if tuned else TextbookHead(config, width_of(config))
+        model = self.Model(config, head)
+        for table in model.tables.embedding_bags.values():
+            apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, [table.weight], {"lr": 0.05})
+        world = dist.get_world_size()
+        constraints = {
+            f.table_name: ParameterConstraints(sharding_types=["table_wise"], compute_kernels=["fused"]) for f in config.embedded
+        }
+        planner = EmbeddingShardingPlanner(topology=Topology(world_size=world, compute_device="cpu"), constraints=constraints)
+        sharders = [EmbeddingBagCollectionSharder()]
+        plan = planner.collective_plan(model, sharders, dist.group.WORLD)
+        self.model = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+        dense = KeyedOptimizerWrapper(
+            {k: p for k, p in self.model.named_parameters() if "embedding_bags" not in k}, lambda ps: torch.optim.Adam(ps, lr=1e-3)
+        )
+        self.optimizer = torchrec.optim.keyed.CombinedOptimizer([self.model.fused_optimizer, dense])
+
+    def train(self, batches: Iterable[Batch]) -> None:
+        pipeline, source = TrainPipelineBase(self.model, self.optimizer, torch.device("cpu")), iter(batches)
+        with suppress(StopIteration):
+            while True:
+                pipeline.progress(source)
+
+
+class PyTorch:
+    def __init__(self, config: Config):
+        sizes = {f.table_name: (f.rows, f.dim) for f in config.embedded}
+        self.tables = nn.ModuleDict({k: nn.EmbeddingBag(*size, mode="sum", sparse=True) for k, size in sizes.items()})
+        self.features = [(f.name, f.table_name) for f in config.embedded]
+        self.head = TextbookHead(config, width_of(config))
+        self.sparse = torch.optim.Adagrad(self.tables.parameters(), lr=0.05)
+        self.dense = torch.optim.Adam(self.head.parameters(), lr=1e-3)
+
+    def logits(self, batch: Batch) -> Tensor:
+        jagged = batch.sparse.to_dict()
+        pooled = [self.tables[table](jagged[name].values(), jagged[name].offsets()[:-1].long()) for name, table in self.features]
+        return self.head(torch.cat([*pooled, batch.dense], dim=1))
+
+    def train(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            self._step(batch)
+
+    def _step(self, batch: Batch) -> None:
+        loss = loss_of(self.logits(batch), batch.labels)
+        self.sparse.zero_grad()
+        self.dense.zero_grad()
+        loss.backward()
+        self.sparse.step()
+        self.dense.step()

@@ -1,0 +1,144 @@
+"""The operations that a step spends its time in outside the tables, with backward passes that make no copy they need not make.
+
+They run on every device; on CPU linear and ReLU are one oneDNN kernel. Under autocast inputs are cast as F.linear's would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def linear_relu(xs: Sequence[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
+    """ReLU(xₑ·Wₑᵀ + bₑ) of E layers of one shape; the same tensor given several times is one input.
+
+    xs: E tensors (B, in); weight (E, out, in), bias (E, out) → E tensors (B, out)
+    """
+    inputs = {id(x): x for x in xs}
+    place = {key: i for i, key in enumerate(inputs)}
+    weight, bias, *given = _cast(weight, bias, *inputs.values())
+    return list(_LinearReLU.apply(tuple(place[id(x)] for x in xs), weight, bias, *given))
+
+
+def mix(gates: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
+    """Σₑ gates[:, t, e]·expertₑ for every t, accumulated without stacking the experts.
+
+    gates (B, T, E), E tensors (B, H) → T tensors (B, H)
+    """
+    return list(_Mix.apply(gates.to(experts[0].dtype), *experts))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring columns: first … first+width-1, multiplied by a row of the scales."""
+
+    first: int
+    width: int
+    scale: int | None = None
+
+
+def side_by_side(pooled: Tensor, runs: Sequence[Run], scales: Tensor | None, dense: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Runs of columns of `pooled`, which are all of them, then `dense`; cast on the way.
+
+    pooled (B, D), scales (S, B), dense (B, N) → (B, D + N)
+    """
+    return _SideBySide.apply(pooled, tuple(runs), scales, dense, dtype or pooled.dtype)
+
+
+def _cast(*tensors: Tensor) -> list[Tensor]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) for t in tensors]
+
+
+def _relu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling():
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "relu", [], "")
+    return F.relu(F.linear(x, weight, bias))
+
+
+class _LinearReLU(torch.autograd.Function):
+    """Arguments: for every layer the number of its input, weight, bias, the distinct inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, reads: tuple[int, ...], weight: Tensor, bias: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = [_relu_of_linear(inputs[i], weight[e], bias[e]) for e, i in enumerate(reads)]
+        ctx.reads = reads
+        ctx.save_for_backward(weight, *inputs, *outputs)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        weight, *saved = ctx.saved_tensors
+        inputs, outputs = saved[: -len(ctx.reads)], saved[-len(ctx.reads) :]
+        of_inputs: list[Tensor | None] = [None] * len(inputs)
+        of_weight, of_bias = torch.empty_like(weight), weight.new_empty(weight.shape[:2])
+        for e, (i, gradient, output) in enumerate(zip(ctx.reads, gradients, outputs, strict=True)):
+            g = torch.ops.aten.threshold_backward(gradient, output, 0)
+            torch.mm(g.T, inputs[i], out=of_weight[e])
+            torch.sum(g, 0, out=of_bias[e])
+            if ctx.needs_input_grad[3 + i]:
+                so_far = of_inputs[i]
+                of_inputs[i] = g @ weight[e] if so_far is None else so_far.addmm_(g, weight[e])
+        return None, of_weight, of_bias, *of_inputs
+
+
+class _SideBySide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pooled: Tensor, runs: tuple[Run, ...], scales: Tensor | None, dense: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.runs, ctx.scales, ctx.like = runs, scales, (pooled.shape, pooled.dtype)
+        out = dense.new_empty(len(dense), sum(r.width for r in runs) + dense.shape[1], dtype=dtype)
+        start = 0
+        for run in runs:
+            columns = pooled[:, run.first : run.first + run.width]
+            out[:, start : start + run.width] = columns if run.scale is None else columns * scales[run.scale, :, None]  # type: ignore[index]
+            start += run.width
+        out[:, start:] = dense
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        shape, dtype = ctx.like
+        of_pooled, start = gradient.new_empty(shape, dtype=dtype), 0
+        for run in ctx.runs:
+            columns = gradient[:, start : start + run.width]
+            if run.scale is not None:
+                columns = columns * ctx.scales[run.scale, :, None]
+            of_pooled[:, run.first : run.first + run.width] = columns
+            start += run.width
+        return of_pooled, None, None, None, None
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, *experts: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(gates, *experts)
+        return tuple(_weighted_sum(gates[:, t], experts) for t in range(gates.shape[1]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        gates, *experts = ctx.saved_tensors
+        of_gates = torch.empty_like(gates)
+        for e, expert in enumerate(experts):
+            for t, gradient in enumerate(gradients):
+                of_gates[:, t, e] = torch.linalg.vecdot(gradient, expert)
+        return of_gates, *(_weighted_sum(gates[:, :, e], gradients) for e in range(len(experts)))
+
+
+def _weighted_sum(weights: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Σᵢ weights[:, i]·tensorᵢ: (B, N), N tensors (B, H) → (B, H)"""
+    out = weights[:, :1] * tensors[0]
+    for i in range(1, len(tensors)):
+        out.addcmul_(weights[:, i : i + 1], tensors[i])
+    return out

@@ -1,0 +1,76 @@
+"""The hand-written backward passes against finite differences; both precisions; the kernel that is chosen."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.autograd import gradcheck
+from torch.nn import functional as F
+
+from distmtl.config_file import parse_config
+from distmtl.distributed import matmul
+from distmtl.model.kernels import Run, linear_relu, mix, side_by_side
+from distmtl.model.multitask import Head, initialise_dense
+
+B = 7
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("reads", [(0, 0, 0), (0, 1, 2), (1, 0, 1)], ids=["shared", "own", "mixed"])
+def test_linear_relu(reads):
+    inputs, weight, bias = [normal(B, 5) for _ in range(max(reads) + 1)], normal(3, 4, 5), normal(3, 4)
+
+    def layers(weight, bias, *inputs):
+        return tuple(linear_relu([inputs[i] for i in reads], weight, bias))
+
+    assert gradcheck(layers, (weight, bias, *inputs))
+    for e, out in enumerate(layers(weight, bias, *inputs)):
+        torch.testing.assert_close(out, F.relu(F.linear(inputs[reads[e]], weight[e], bias[e])))
+
+
+def test_mix():
+    gates, experts = normal(B, 2, 3), [normal(B, 4) for _ in range(3)]
+    assert gradcheck(lambda g, *e: tuple(mix(g, e)), (gates, *experts))
+    torch.testing.assert_close(torch.stack(mix(gates, experts), 1), torch.bmm(gates, torch.stack(experts, 1)))
+
+
+def test_side_by_side():
+    pooled, dense, scales = normal(B, 8), torch.randn(B, 3, dtype=torch.float64), torch.rand(1, B, dtype=torch.float64)
+    runs = [Run(5, 3), Run(0, 2, scale=0), Run(2, 3)]
+    assert gradcheck(lambda p: side_by_side(p, runs, scales, dense), (pooled,))
+    expected = torch.cat([pooled[:, 5:], pooled[:, :2] * scales[0, :, None], pooled[:, 2:5], dense], 1)
+    torch.testing.assert_close(side_by_side(pooled, runs, scales, dense), expected)
+
+
+@pytest.mark.parametrize("model", [{"kind": "mmoe", "num_experts": 3, "expert": [16, 8]}, {"kind": "shared_bottom", "bottom": [16, 8]}])
+def test_a_head_in_bf16_is_the_one_in_fp32_but_for_rounding(model):
+    heads = []
+    for precision in ("fp32", "bf16"):
+        config = parse_config(tiny.raw(Path(), Path(), model=model, train={"global_batch_size": 8, "precision": precision}))
+        heads.append(Head(config, 12))
+        initialise_dense(heads[-1], 0)
+    x = torch.randn(64, 12)
+    exact, rounded = (head(x) for head in heads)
+    assert rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() < 0.05
+    for head, logits in zip(heads, (exact, rounded), strict=True):
+        logits.square().sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in head.parameters())
+    a, b = (torch.cat([p.grad.flatten() for p in head.parameters()]) for head in heads)
+    assert F.cosine_similarity(a, b, dim=0) > 0.999
+
+
+def test_onednn_is_refused_where_it_rounds(monkeypatch):
+    """As on a CPU with AMX, where the same switch may compute in bfloat16."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    errors = iter([1e-6, 1e-3])
+    monkeypatch.setattr(matmul, "_error", lambda: next(errors))
+    try:
+        assert "not float32 here" in matmul.fastest_fp32.__wrapped__()
+        assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
