@@ -123,8 +123,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=["cuda", "cpu"], help="where tables live (default: the config's cluster.device, for auto cuda)")
     p.add_argument("--hbm-gb", type=float, metavar="GIB", help="memory of a CUDA device (default: 80)")
     p.add_argument("--ddr-gb", type=float, metavar="GIB", help="host memory per rank (default: 128)")
-    p.add_argument("--intra-gb-s", type=float, metavar="GB/S", help="bandwidth within a node (default, TorchRec's: 600)")
-    p.add_argument("--inter-gb-s", type=float, metavar="GB/S", help="bandwidth between nodes (default, TorchRec's: 12.5)")
+    p.add_argument("--intra-gb-s", type=float, metavar="GB/S", help="bandwidth within a node (default: 600, TorchRec's; of gloo on CPU 1)")
+    p.add_argument("--inter-gb-s", type=float, metavar="GB/S", help="bandwidth between nodes (default: 12.5, TorchRec's; of gloo on CPU 1)")
     p.add_argument("--hbm-gb-s", type=float, metavar="GB/S", help="bandwidth of HBM (default, TorchRec's: 897)")
     p.add_argument("--ddr-gb-s", type=float, metavar="GB/S", help="bandwidth of host memory (default, TorchRec's: 51)")
     p.add_argument("--json", action="store_true", help="print JSON instead")
@@ -243,8 +243,8 @@ def plan(a: argparse.Namespace) -> int:
 
     config = load_config(a.config, a.overrides)
     given = {f.name: getattr(a, f.name) for f in fields(Hardware) if getattr(a, f.name) is not None}
-    device = "cpu" if config.cluster.device == "cpu" else "cuda"
-    report = make_report(config, Hardware(**{"device": device, **given}), a.world_size, a.measure)
+    device = given.pop("device", "cpu" if config.cluster.device == "cpu" else "cuda")
+    report = make_report(config, Hardware.of(device, **given), a.world_size, a.measure)
     print(json.dumps(report.json()) if a.json else report.text())
     return 0 if report.fits else 1
 

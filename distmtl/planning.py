@@ -27,6 +27,7 @@ from torchrec.distributed.types import CacheParams
 from distmtl.config import Config, SgdDense
 from distmtl.distributed.process import process_group, quieten
 from distmtl.distributed.sharding import (
+    GLOO_GB_S,
     BisectingProposer,
     PlannedTable,
     Sharder,
@@ -65,6 +66,12 @@ class Hardware:
     inter_gb_s: float = CROSS_NODE_BANDWIDTH / BYTES_PER_MS
     hbm_gb_s: float = HBM_MEM_BW / BYTES_PER_MS
     ddr_gb_s: float = DDR_MEM_BW / BYTES_PER_MS
+
+    @classmethod
+    def of(cls, device: str, **given: Any) -> Hardware:
+        """With the bandwidths that training assumes on this device, where none are given."""
+        gloo = {"intra_gb_s": GLOO_GB_S, "inter_gb_s": GLOO_GB_S} if device == "cpu" else {}
+        return cls(**{"device": device, **gloo, **given})
 
     @property
     def memory(self) -> str:

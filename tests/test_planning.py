@@ -24,7 +24,7 @@ from distmtl.planning import Hardware, dense_parameters, make_report, measure, o
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
-CPU = Hardware(device="cpu")
+CPU = Hardware.of("cpu")
 BIG = [("user", 3_000_000, 16), ("item", 400_000, 16), ("cross", 900_000, 32), ("city", 500, 8), ("hour", 24, 4)]
 
 
@@ -60,9 +60,10 @@ def trained_plan(config: Config) -> list[Any]:
     ],
 )
 def test_plan_is_the_one_that_training_makes(optimizer, types, world_size, local):
-    c = config(optimizer=optimizer, sharding={"types": types})
+    cut = next(t for t in types if t != "table_wise")  # gloo is slow: left alone, tables that fit stay whole
+    c = config(optimizer=optimizer, sharding={"types": types}, tables={"user": {"sharding": [cut]}})
     ranks = run_world(trained_plan, world_size, c, local_world_size=local)
-    planned = plan_world(c, Hardware(device="cpu", ranks_per_node=local), world_size).planned
+    planned = plan_world(c, Hardware.of("cpu", ranks_per_node=local), world_size).planned
     assert planned == ranks[0] and all(r == ranks[0] for r in ranks)
     assert len({t.kind for t in planned}) > 1, "a plan of one kind proves little"
 

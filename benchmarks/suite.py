@@ -1,0 +1,268 @@
+"""distmtl against the machine's limit, an in-memory loop, bare TorchRec and plain PyTorch, side by side.
+
+    .venv/bin/python -m benchmarks.suite data/wide/mmoe.yaml [--rounds 5] [--out benchmarks/results]
+
+One thread per process. Rounds are interleaved, so that a busy machine is busy for all of them; every figure is a ratio to the limit
+(limit.py) of the same round, of the two workers' to twice the limit. Writes suite.json and suite.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.limit import DTYPES, cpu_seconds, pieces, reader_of, real_batches
+from benchmarks.loops import InMemory, PyTorch, TorchRec
+from distmtl.batch import Batch
+from distmtl.config import Config
+from distmtl.config_file import load_config
+from distmtl.data.dataset import open_dataset
+from distmtl.distributed.matmul import fastest_fp32
+from distmtl.distributed.process import process_group, quieten
+from distmtl.loop import Training, open_splits
+from distmtl.progress import Progress
+from distmtl.versions import git_commit, versions
+
+STEPS = 6  # of a loop in one round
+Ratios = dict[str, list[float]]
+
+
+class Distmtl:
+    """Our loop's pipeline, without the reader."""
+
+    def __init__(self, config: Config, process: Any):
+        self.training = Training(config, process, open_splits(config, checked=True), Progress(None, False, print))
+        self.training.model.train()
+
+    def train(self, batches: list[Batch]) -> None:
+        t = self.training
+        pipeline, source = type(t.pipeline)(t.model, t.optimizers, t.process.device), iter(batches)
+        for _ in batches:
+            t.optimizers.set_step(0)
+            pipeline.progress(source)
+
+
+@contextmanager
+def torch_defaults() -> Iterator[None]:
+    """As for who does not know of the other float32 kernel."""
+    chosen = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = chosen
+
+
+def with_defaults(train: Callable[[list[Batch]], None]) -> Callable[[list[Batch]], None]:
+    def go(batches: list[Batch]) -> None:
+        with torch_defaults():
+            train(batches)
+
+    return go
+
+
+def loops(config: Config, process: Any, batches: list[Batch]) -> dict[str, Callable[[list[Batch]], None]]:
+    """Name → loop, of one precision; the ones of torch's defaults in float32 only."""
+    out = {"distmtl, no reader": Distmtl(config, process).train, "TorchRec, our head": TorchRec(config, tuned=True).train}
+    if config.train.precision == "fp32":
+        out["TorchRec, textbook head, torch's defaults"] = with_defaults(TorchRec(config, tuned=False).train)
+    if process.world_size == 1:
+        out["in memory, raw FBGEMM"] = InMemory(config, batches).train
+        if config.train.precision == "fp32":
+            out["plain PyTorch"] = with_defaults(PyTorch(config).train)
+    return out
+
+
+def one_process(config: Config, rounds: int, ratios: Ratios) -> None:
+    """CPU seconds of one thread, every loop against the limit."""
+    with process_group(config) as process:
+        batches = real_batches(config)[:STEPS]
+        rows = config.train.global_batch_size * len(batches)
+        precision = config.train.precision
+        limit = Limit(config, batches)
+        every = loops(config, process, batches)
+        for train in every.values():
+            train(batches)
+        for _ in range(rounds):
+            best = limit(precision)
+            for name, train in every.items():
+                ratios.setdefault(f"1 process, {precision}: {name}", []).append(rows / cpu_seconds(lambda t=train: t(batches)) / best)
+
+
+class Limit:
+    """Samples per CPU second that one thread could reach, measured now."""
+
+    def __init__(self, config: Config, batches: list[Batch]):
+        self.work = pieces(config, batches)
+        for work, _ in self.work.values():
+            work()
+
+    def __call__(self, precision: str) -> float:
+        return 1 / sum(1 / self.speed(name) for name in (f"gemm {precision}", "embeddings"))
+
+    def speed(self, name: str) -> float:
+        work, rows = self.work[name]
+        return statistics.median(rows / cpu_seconds(work) for _ in range(5))
+
+
+def _two(rank: int, store: str, config: Config, precisions: list[str], rounds: int, out: Any) -> None:
+    torch.set_num_threads(1)
+    quieten()
+    fastest_fp32()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    every: dict[str, Callable[[list[Batch]], None]] = {}
+    for precision in precisions:
+        own = with_values(config, {"train.precision": precision})
+        with process_group(own) as process:
+            batches = real_batches(own, STEPS)
+            every |= {f"2 processes, {precision}: {name}": train for name, train in loops(own, process, batches).items()}
+    for train in every.values():
+        train(batches)
+    for _ in range(rounds):
+        for name, train in every.items():
+            dist.barrier()
+            began = time.perf_counter()
+            train(batches)
+            dist.barrier()
+            if rank == 0:
+                out.append((name, 2 * config.train.global_batch_size * len(batches) / (time.perf_counter() - began)))
+    dist.destroy_process_group()
+
+
+def two_processes(config: Config, rounds: int, limits: dict[str, float], ratios: Ratios) -> None:
+    """Wall-clock seconds of two processes of one thread each, `global_batch_size` rows per process."""
+    with TemporaryDirectory() as folder, mp.Manager() as manager:
+        out = manager.list()
+        mp.spawn(_two, (str(Path(folder) / "store"), config, list(DTYPES), rounds, out), nprocs=2)
+        for name, speed in out:
+            precision = "bf16" if "bf16" in name else "fp32"
+            ratios.setdefault(name, []).append(speed / (2 * limits[precision]))
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    raw = config.model_dump(mode="json")
+    for key, value in values.items():
+        section, name = key.split(".")
+        raw[section][name] = value
+    return type(config).model_validate(raw)
+
+
+def end_to_end(path: str, config: Config, workers: int, precision: str, folder: Path, steps: int | None) -> dict[str, Any]:
+    """`distmtl train` from Parquet to updated tables, under Ray; result.json. `steps`: of one worker; None: an epoch."""
+    batch = workers * config.train.global_batch_size
+    overrides = [f"train.precision={precision}", f"train.global_batch_size={batch}", f"run.dir={folder}", "train.log_every=10"]
+    overrides += [f"train.steps={steps // workers}"] if steps else []
+    command = [sys.executable, "-m", "distmtl", "train", path, *overrides, "--workers", str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    return json.loads((folder / "result.json").read_text())
+
+
+def plain_auc(config: Config) -> dict[str, float]:
+    """Validation AUC of plain PyTorch after one epoch of the same batches."""
+    from sklearn.metrics import roc_auc_score
+
+    torch.manual_seed(config.run.seed)
+    plain = PyTorch(config)
+    reader = reader_of(config, open_dataset(config.data.train))
+    plain.train(reader.batches(0, reader.steps_per_epoch))
+    assert config.data.validation
+    reader = reader_of(config, open_dataset(config.data.validation))
+    scores, labels = [], []
+    with torch.no_grad():
+        for batch in reader.batches(0, reader.steps_per_epoch):
+            known = batch.rows >= 0
+            scores.append(plain.logits(batch)[known])
+            labels.append(batch.labels[known])
+    s, y = torch.cat(scores).numpy(), torch.cat(labels).numpy()
+    return {t.name: float(roc_auc_score(y[:, i], s[:, i])) for i, t in enumerate(config.tasks)}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("config")
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    began, load = time.time(), os.getloadavg()[0]
+    config = load_config(a.config)
+    ratios: Ratios = {}
+    for precision in DTYPES:
+        one_process(with_values(config, {"train.precision": precision}), a.rounds, ratios)
+    limit = Limit(config, real_batches(config))
+    limits = {precision: limit(precision) for precision in DTYPES}
+    two_processes(config, a.rounds, limits, ratios)
+    auc: dict[str, dict[str, float]] = {"plain PyTorch": plain_auc(config)}
+    samples: dict[str, list[float]] = {}
+    with TemporaryDirectory() as folder:
+        for i in range(a.rounds):
+            for workers in (1, 2):
+                for precision in DTYPES:
+                    best = workers * limit(precision)
+                    result = end_to_end(
+                        a.config, config, workers, precision, Path(folder) / f"{i}-{workers}-{precision}", None if i == 0 else 96
+                    )
+                    name = f"distmtl train, {workers} Ray worker(s), {precision}, from Parquet"
+                    ratios.setdefault(name, []).append(result["samples_per_second"] / best)
+                    samples.setdefault(name, []).append(result["samples_per_second"])
+                    if i == 0:
+                        auc[name] = {t: m["auc"] for t, m in result["metrics"]["validation"].items()}
+    medians = {name: round(statistics.median(r), 3) for name, r in ratios.items()}
+    report = {
+        "conditions": {
+            "when": time.strftime("%Y-%m-%d", time.gmtime(began)),
+            "minutes": round((time.time() - began) / 60, 1),
+            "load at the start": round(load, 1),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "float32": fastest_fp32(),
+            "rounds": a.rounds,
+            "versions": versions(),
+            "git": git_commit(),
+        },
+        "limit, samples per CPU second": {name: round(limit.speed(name)) for name in limit.work}
+        | {f"limit {p}": round(v) for p, v in limits.items()},
+        "ratio to the limit, median": medians,
+        "ratios": {name: [round(x, 3) for x in r] for name, r in ratios.items()},
+        "samples per second, median": {name: round(statistics.median(s)) for name, s in samples.items()},
+        "validation AUC": auc,
+    }
+    a.out.mkdir(parents=True, exist_ok=True)
+    (a.out / "suite.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = markdown(report)
+    (a.out / "suite.md").write_text(text)
+    print(text)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    lines = ["| | ratio to the limit, median | lowest … highest |", "|---|---:|---:|"]
+    for name, median in report["ratio to the limit, median"].items():
+        spread = report["ratios"][name]
+        lines.append(f"| {name} | {median:.2f} | {min(spread):.2f} … {max(spread):.2f} |")
+    lines += ["", "| limit, one thread | samples per CPU second |", "|---|---:|"]
+    lines += [f"| {name} | {speed:,} |" for name, speed in report["limit, samples per CPU second"].items()]
+    lines += [
+        "",
+        "| validation AUC after one epoch | " + " | ".join(next(iter(report["validation AUC"].values()))) + " |",
+        "|---|---:|---:|",
+    ]
+    lines += [f"| {name} | " + " | ".join(f"{a:.4f}" for a in aucs.values()) + " |" for name, aucs in report["validation AUC"].items()]
+    conditions = ", ".join(f"{k} {v}" for k, v in report["conditions"].items() if k != "versions")
+    return "\n".join([*lines, "", f"{conditions}; {', '.join(f'{k} {v}' for k, v in report['conditions']['versions'].items())}", ""])
+
+
+if __name__ == "__main__":
+    main()
