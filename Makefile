@@ -9,7 +9,7 @@ TORCHREC := torchrec==1.8.0
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow chaos lint clean
+.PHONY: help install install-dev quickstart test test-slow chaos bench bench-check lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,16 @@ test-slow: install-dev ## run the slow tests
 chaos: install-dev ## 24 random failures against a run on several nodes, on a fixed number of workers, then elastic (root, half an hour)
 	@$(BIN)/python tests/chaos.py --workers 2
 	@$(BIN)/python tests/chaos.py --workers 1-2
+
+bench: data/wide/mmoe.yaml ## ratios to the machine's limit, beside bare TorchRec and plain PyTorch; a quarter of an hour, on a quiet machine
+	@$(BIN)/python -m benchmarks.suite data/wide/mmoe.yaml
+
+bench-check: data/wide/mmoe.yaml ## the same, failing where a ratio has dropped by more than 15 % since the committed results
+	@$(BIN)/python -m benchmarks.suite data/wide/mmoe.yaml --rounds 3 --out build/bench
+	@$(BIN)/python -m benchmarks.check benchmarks/results/suite.json build/bench/suite.json
+
+data/wide/mmoe.yaml: | install-dev
+	@$(BIN)/distmtl synth --wide --rows 1310720 --out data/wide
 
 lint: install-dev ## ruff, mypy, import-linter
 	@$(BIN)/ruff check .

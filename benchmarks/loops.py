@@ -26,6 +26,7 @@ from benchmarks.limit import RawTables
 from distmtl.batch import Batch
 from distmtl.config import Config, MMoEConfig
 from distmtl.model.embeddings import embedding_tables
+from distmtl.model.kernels import Run, side_by_side
 from distmtl.model.multitask import Head, initialise_dense
 
 
@@ -74,7 +75,8 @@ class InMemory:
 
     def _step(self, batch: Batch) -> None:
         pooled = self.tables(batch.sparse.values(), batch.sparse.offsets().long())
-        loss = loss_of(self.head(torch.cat([pooled, batch.dense], dim=1)), batch.labels)
+        x = side_by_side(pooled, [Run(0, pooled.shape[1])], None, batch.dense, torch.bfloat16 if self.head.bf16 else None)
+        loss = loss_of(self.head(x), batch.labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

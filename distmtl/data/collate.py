@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from distmtl.batch import NO_GROUP
 from distmtl.config import BinaryTask, BucketFeature, Config, IdFeature, NumericFeature, VectorFeature
 from distmtl.data.hashing import hash_strings, into_table
-from distmtl.data.rows import Ids, Rows
+from distmtl.data.rows import Bag, Rows
 from distmtl.errors import DistmtlError
 
 ROW = "__row__"  # the reader adds a row's number in the data set under this name
@@ -38,8 +38,8 @@ class Collator:
         extra = [config.data.group, config.data.weight, *self.oracles]
         self.columns = list(dict.fromkeys([f.source for f in config.features] + [t.column for t in config.tasks] + [c for c in extra if c]))
 
-    def __call__(self, table: pa.Table) -> Rows:
-        """The table's rows.
+    def __call__(self, table: pa.Table, order: np.ndarray | None = None) -> Rows:
+        """The table's rows, permuted.
 
         Raises:
             DistmtlError: a value that must not be trained, with its column and place.
@@ -49,23 +49,39 @@ class Collator:
         numbers = columns[ROW].to_numpy()
         at = lambda i: self.locate(int(numbers[i]))  # noqa: E731
 
-        ids, replaced = [], np.zeros(n, dtype=np.int64)
-        for feature in self.config.embedded:
-            found, outside = _embedded(columns[feature.source], feature, at)
-            ids.append(found)
+        def put(values: Any, out: np.ndarray) -> None:
+            if order is None or np.ndim(values) == 0:
+                out[:] = values
+            elif out.flags.c_contiguous and out.dtype == values.dtype:
+                np.take(values, order, axis=0, out=out, mode="clip")  # "raise" would buffer
+            else:
+                out[:] = values.take(order, axis=0)
+
+        bags: dict[int, Bag] = {}
+        single, replaced = np.empty((len(self.keys), n), dtype=np.int64), np.zeros(n, dtype=np.int64)
+        for f, feature in enumerate(self.config.embedded):
+            ids, lengths, outside = _embedded(columns[feature.source], feature, at)
+            if lengths is None:
+                put(ids, single[f - len(bags)])
+            else:
+                bags[f] = Bag.of(ids, lengths, order)
             if outside is not None:
-                replaced += outside
+                replaced += outside if order is None else outside.take(order)
         dense, start = np.empty((n, self.dense_width), dtype=np.float32), 0
         for number in self.config.dense:
-            dense[:, start : start + number.width] = _dense(columns[number.source], number, at)
+            put(_dense(columns[number.source], number, at), dense[:, start : start + number.width])
             start += number.width
 
         labels, weights = np.empty((n, tasks), dtype=np.float32), np.empty((n, tasks), dtype=np.float32)
         weight = _weight(columns[self.config.data.weight], self.config.data.weight, at) if self.config.data.weight else np.float32(1)
         for t, task in enumerate(self.config.tasks):
-            labels[:, t], known = _label(columns[task.column], task.column, isinstance(task, BinaryTask), at)
-            weights[:, t] = known * weight
-        return Rows(ids, dense, labels, weights, numbers, replaced, self._groups(columns), self._oracle(columns, n))
+            label, known = _label(columns[task.column], task.column, isinstance(task, BinaryTask), at)
+            put(label, labels[:, t])
+            put(known * weight, weights[:, t])
+        others = (numbers, self._groups(columns), self._oracle(columns, n))
+        numbers_, groups, oracle = (a if a is None or order is None else a.take(order, axis=0) for a in others)
+        assert numbers_ is not None
+        return Rows(single[: len(self.keys) - len(bags)], bags, dense, labels, weights, numbers_, replaced, groups, oracle)
 
     def mistakes(self, table: pa.Table) -> list[str]:
         """What `__call__` would refuse, every column's first mistake instead of the first column's."""
@@ -90,7 +106,8 @@ class Collator:
         no = lambda *width: np.zeros((0, *width), dtype=np.float32)  # noqa: E731
         none, tasks = np.zeros(0, dtype=np.int64), len(self.config.tasks)
         groups, oracle = none if self.config.data.group else None, no(tasks) if self.oracles else None
-        return Rows([Ids(none, None) for _ in self.keys], no(self.dense_width), no(tasks), no(tasks), none, none, groups, oracle)
+        single = np.zeros((len(self.keys), 0), dtype=np.int64)
+        return Rows(single, {}, no(self.dense_width), no(tasks), no(tasks), none, none, groups, oracle)
 
     def _groups(self, columns: dict[str, pa.Array]) -> np.ndarray | None:
         if not self.config.data.group:
@@ -149,10 +166,12 @@ def _first(mask: np.ndarray) -> int:
     return int(np.flatnonzero(mask)[0])
 
 
-def _embedded(array: pa.Array, feature: IdFeature | BucketFeature, at: Callable[[int], str]) -> tuple[Ids, np.ndarray | None]:
-    """Table rows of every id, and how many of each row's ids the policy replaced, if any."""
+def _embedded(
+    array: pa.Array, feature: IdFeature | BucketFeature, at: Callable[[int], str]
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Table rows of every id, ids per row (None: one each), and how many of each row's the policy replaced (None: none)."""
     if isinstance(feature, BucketFeature):
-        return Ids(_buckets(array, feature, at), None), None
+        return _buckets(array, feature, at), None, None
     lengths: np.ndarray | None = None
     n = len(array)
     if is_list(array.type):
@@ -166,13 +185,13 @@ def _embedded(array: pa.Array, feature: IdFeature | BucketFeature, at: Callable[
         array = array.drop_null()
     if is_string(array.type):
         try:
-            return Ids(into_table(hash_strings(array), feature.rows), lengths), None
+            return into_table(hash_strings(array), feature.rows), lengths, None
         except UnicodeDecodeError as e:
             raise DistmtlError(f"feature {feature.name!r}: {e.object!r:.80} is not UTF-8 text, in the rows from {at(0)} on") from None
     whole = array if array.type == pa.int64() else array.cast(pa.int64(), safe=False)  # a uint64 beyond int64 becomes negative
     ids = whole.to_numpy(zero_copy_only=False)
     if not len(ids) or ids.view(np.uint64).max() < feature.rows:  # a negative one is huge as unsigned
-        return Ids(ids, lengths), None
+        return ids, lengths, None
     outside = (ids < 0) | (ids >= feature.rows)
     if feature.out_of_range == "error":
         first = _first(outside)
@@ -182,7 +201,7 @@ def _embedded(array: pa.Array, feature: IdFeature | BucketFeature, at: Callable[
         )
     ids = ids.copy()
     ids[outside] = into_table(ids[outside], feature.rows) if feature.out_of_range == "hash" else feature.rows - 1
-    return Ids(ids, lengths), np.bincount(_row_of(np.flatnonzero(outside), lengths), minlength=n)
+    return ids, lengths, np.bincount(_row_of(np.flatnonzero(outside), lengths), minlength=n)
 
 
 def _row_of(ids: Any, lengths: np.ndarray | None) -> Any:
@@ -206,7 +225,9 @@ def _dense(array: pa.Array, feature: NumericFeature | VectorFeature, at: Callabl
     _no_nan(x, f"feature {feature.name!r}", at)
     if feature.log:
         x = np.sign(x) * np.log1p(np.abs(x))
-    normalised = np.where(known, (x - feature.mean) / feature.std, 0.0)
+    normalised = (x - feature.mean) / feature.std
+    if array.null_count:
+        normalised = np.where(known, normalised, 0.0)
     if (huge := np.abs(normalised) > np.finfo(np.float32).max).any():
         i = _first(huge)
         raise DistmtlError(
@@ -217,7 +238,8 @@ def _dense(array: pa.Array, feature: NumericFeature | VectorFeature, at: Callabl
 
 def _floats(array: pa.Array, kind: pa.DataType = pa.float64()) -> np.ndarray:  # noqa: B008
     """Numbers with 0 where null; large integers are rounded."""
-    return array.cast(kind, safe=False).fill_null(0).to_numpy(zero_copy_only=False)
+    numbers = array.cast(kind, safe=False)
+    return (numbers.fill_null(0) if array.null_count else numbers).to_numpy(zero_copy_only=False)
 
 
 def _vectors(array: pa.Array, feature: VectorFeature, at: Callable[[int], str]) -> np.ndarray:

@@ -114,7 +114,7 @@ class StreamRows:
             self.window = None  # not two at a time
             self.first, self.last, permutation = self.order.window_of(self.stream, position)
             pieces = [self.groups.take(*p) for p in self.order.pieces(self.stream, self.first, self.last)]
-            self.window = self.collate(pa.concat_tables(pieces, promote_options="permissive")).permuted(permutation)
+            self.window = self.collate(pa.concat_tables(pieces, promote_options="permissive"), permutation)
         return self.window
 
 

@@ -1,9 +1,9 @@
-"""Rows: checked rows as arrays, cheap to permute and to cut batches from."""
+"""Rows: checked rows as arrays, cheap to cut batches from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,35 +15,34 @@ Part = tuple["Rows", int, int]  # rows first … last-1
 
 
 @dataclass(frozen=True)
-class Ids:
-    """Table rows of a feature, one after the other. `lengths`: (n,) int32, how many each row has; None: one each."""
+class Bag:
+    """Table rows of a feature of which a row has any number: row i has values[starts[i] : starts[i+1]], lengths[i] of them."""
 
     values: np.ndarray
-    lengths: np.ndarray | None
+    starts: np.ndarray
+    lengths: np.ndarray
 
-    def __post_init__(self) -> None:
-        starts = None if self.lengths is None else np.concatenate([[0], np.cumsum(self.lengths)])
-        object.__setattr__(self, "starts", starts)
-
-    starts: np.ndarray | None = None
-
-    def permuted(self, order: np.ndarray) -> Ids:
-        if self.lengths is None or self.starts is None:
-            return Ids(self.values.take(order), None)
-        lengths = self.lengths.take(order)
+    @classmethod
+    def of(cls, values: np.ndarray, lengths: np.ndarray, order: np.ndarray | None) -> Bag:
+        """From (n,) lengths, then permuted."""
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        if order is None:
+            return cls(values, starts, lengths)
+        lengths = lengths.take(order)
         ends = np.cumsum(lengths)
-        shift = self.starts.take(order) - (ends - lengths)
-        return Ids(self.values.take(np.repeat(shift, lengths) + np.arange(len(self.values))), lengths)
-
-    def between(self, first: int, last: int) -> np.ndarray:
-        return self.values[first:last] if self.starts is None else self.values[self.starts[first] : self.starts[last]]
+        shift = starts.take(order) - (ends - lengths)
+        return cls(values.take(np.repeat(shift, lengths) + np.arange(len(values))), np.concatenate([[0], ends]), lengths)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """n rows in the order in which they will be trained, the fields as in Batch."""
+    """n rows in the order in which they will be trained, the fields as in Batch.
 
-    ids: list[Ids]  # of the embedded features, in config order
+    Features that have exactly one id in each of these rows lie side by side in `single`, the others, by position, in `bags`.
+    """
+
+    single: np.ndarray  # (features of one id, n)
+    bags: dict[int, Bag]
     dense: np.ndarray  # (n, width)
     labels: np.ndarray  # (n, T)
     weights: np.ndarray  # (n, T)
@@ -52,26 +51,29 @@ class Rows:
     groups: np.ndarray | None
     oracle: np.ndarray | None
 
-    def permuted(self, order: np.ndarray | None) -> Rows:
-        if order is None:
-            return self
-        return replace(
-            self,
-            ids=[i.permuted(order) for i in self.ids],
-            **{f.name: a.take(order, axis=0) for f in fields(self) if isinstance(a := getattr(self, f.name), np.ndarray)},
-        )
+    def place(self, feature: int) -> int:
+        """Its row in `single`."""
+        return feature - sum(f < feature for f in self.bags)
 
 
 def batch_of(parts: Sequence[Part], keys: list[str], padded_rows: int, step: int = 0, error: str | None = None) -> Batch:
     """The parts one after the other, at least one, then padding up to `padded_rows`."""
     spans = np.cumsum([0, *(last - first for _, first, last in parts)])
-    values = [rows.ids[f].between(first, last) for f in range(len(keys)) for rows, first, last in parts]
     lengths = np.zeros((len(keys), padded_rows), dtype=np.int32)
     lengths[:, : spans[-1]] = 1
-    for (rows, first, last), a, b in zip(parts, spans, spans[1:], strict=False):
-        for f, ids in enumerate(rows.ids):
-            if ids.lengths is not None:
-                lengths[f, a:b] = ids.lengths[first:last]
+    values: list[np.ndarray] = []
+    bags = sorted({f for rows, _, _ in parts for f in rows.bags})
+    for f, next_bag in zip([-1, *bags], [*bags, len(keys)], strict=True):
+        if f >= 0:
+            for (rows, first, last), a, b in zip(parts, spans, spans[1:], strict=False):
+                if bag := rows.bags.get(f):
+                    lengths[f, a:b] = bag.lengths[first:last]
+                    values.append(bag.values[bag.starts[first] : bag.starts[last]])
+                else:
+                    values.append(rows.single[rows.place(f), first:last])
+        if width := next_bag - f - 1:  # the features up to the next bag, at once
+            blocks = (rows.single[rows.place(f + 1) :][:width, first:last] for rows, first, last in parts)
+            values.append(np.concatenate(list(blocks), axis=1).reshape(-1))
 
     def whole(name: str, padding: float) -> torch.Tensor | None:
         arrays = [getattr(rows, name) for rows, _, _ in parts]
