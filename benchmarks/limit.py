@@ -1,6 +1,6 @@
 """What the model of a config could do at most on one thread of this machine, piece by piece.
 
-    .venv/bin/python benchmarks/limit.py data/wide/mmoe.yaml [section.key=value …]
+    .venv/bin/python -m benchmarks.limit data/wide/mmoe.yaml [section.key=value …]
 
 gemm        the head's matrix products alone, forward and backward, each by its fastest kernel in that precision
 embeddings  raw FBGEMM on the ids of real batches: lookup, gradient, update of the tables
@@ -16,7 +16,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +34,9 @@ from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.data.reader import Reader
 from distmtl.distributed.matmul import fastest_fp32
+from distmtl.distributed.process import Process
+from distmtl.loop import train_reader
+from distmtl.model.embeddings import FeatureVector
 from distmtl.model.experts import Experts, Gate
 from distmtl.model.multitask import Head
 
@@ -42,22 +44,14 @@ BATCHES = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def reader_of(config: Config, dataset: Dataset) -> Reader:
-    return Reader(
-        dataset,
-        Collator(config),
-        global_batch_size=config.train.global_batch_size,
-        num_streams=config.data.num_streams,
-        window=config.data.shuffle_window,
-        seed=config.run.seed,
-        rank=0,
-        world_size=1,
-        prefetch=config.data.prefetch,
-    )
+def reader_of(config: Config, path: str | None) -> Reader:
+    """As one worker reads it."""
+    assert path, "the config names no such split"
+    return train_reader(config, open_dataset(path), Process(0, 1, torch.device("cpu")))
 
 
 def real_batches(config: Config, count: int = BATCHES) -> list[Batch]:
-    return list(reader_of(config, open_dataset(config.data.train)).batches(0, count))
+    return list(reader_of(config, config.data.train).batches(0, count))
 
 
 def products(config: Config, width: int) -> list[tuple[int, int]]:
@@ -199,23 +193,10 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-@dataclass
-class Limit:
-    """Samples per CPU second of every piece."""
-
-    gemm: dict[str, float]
-    embeddings: float
-    rows: float
-    decode: float
-
-    def of(self, precision: str) -> float:
-        return 1 / (1 / self.gemm[precision] + 1 / self.embeddings)
-
-
 def pieces(config: Config, batches: list[Batch]) -> dict[str, tuple[Callable[[], object], int]]:
     """Name → work, rows of it."""
     batch, dataset = config.train.global_batch_size, open_dataset(config.data.train)
-    width = sum(f.dim for f in config.embedded) + sum(f.width for f in config.dense)
+    width = FeatureVector(config).width
     columns = Collator(config).columns
     rows = min(dataset.rows, 16 * batch)
     out: dict[str, tuple[Callable[[], object], int]] = {
@@ -228,41 +209,51 @@ def pieces(config: Config, batches: list[Batch]) -> dict[str, tuple[Callable[[],
     }
 
 
-def measure(work: dict[str, tuple[Callable[[], object], int]], rounds: int) -> dict[str, list[float]]:
-    """Samples per CPU second of every piece, round by round; rounds are interleaved."""
-    speeds: dict[str, list[float]] = {name: [] for name in work}
-    for f, _ in work.values():
-        f()
-    for _ in range(rounds):
-        for name, (f, rows) in work.items():
-            speeds[name].append(rows / cpu_seconds(f))
-    return speeds
+class Limit:
+    """Samples per CPU second that one thread could reach, measured now."""
 
+    def __init__(self, config: Config, batches: list[Batch]):
+        self.work = pieces(config, batches)
+        for work, _ in self.work.values():
+            work()
 
-def limit_of(speeds: dict[str, float]) -> Limit:
-    return Limit({p: speeds[f"gemm {p}"] for p in DTYPES}, speeds["embeddings"], speeds["rows"], speeds["decode"])
+    def __call__(self, precision: str) -> float:
+        return 1 / sum(1 / self.speed(name) for name in (f"gemm {precision}", "embeddings"))
+
+    def speed(self, name: str) -> float:
+        work, rows = self.work[name]
+        return statistics.median(rows / cpu_seconds(work) for _ in range(5))
+
+    def step(self, precision: str) -> Callable[[list[Batch]], None]:
+        """What is measured, as a loop."""
+        gemm, tables = (self.work[name][0] for name in (f"gemm {precision}", "embeddings"))
+
+        def go(batches: list[Batch]) -> None:
+            for _ in batches:
+                gemm()
+                tables()
+
+        return go
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("config")
     p.add_argument("overrides", nargs="*", metavar="section.key=value")
-    p.add_argument("--rounds", type=int, default=9)
     a = p.parse_args()
     torch.set_num_threads(1)
     config = load_config(a.config, a.overrides)
     batches = real_batches(config)
-    speeds = {name: statistics.median(s) for name, s in measure(pieces(config, batches), a.rounds).items()}
-    limit = limit_of(speeds)
-    for name, speed in speeds.items():
-        print(f"{name:16}{speed:>14,.0f} samples/s")
-    dense = sum(i * o + o for i, o in products(config, sum(f.dim for f in config.embedded) + sum(f.width for f in config.dense)))
+    limit = Limit(config, batches)
+    for name in limit.work:
+        print(f"{name:16}{limit.speed(name):>14,.0f} samples/s")
+    dense = sum(p.numel() for p in Head(config, FeatureVector(config).width).parameters())
     sizes = exchange_bytes(config, batches[0], dense)
     text = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
     rate = 2 * config.train.global_batch_size / exchange_seconds(sizes)
     print(f"{'exchange':16}{rate:>14,.0f} samples/s of two workers ({text} per worker and step)")
     for precision in DTYPES:
-        print(f"{'limit ' + precision:16}{limit.of(precision):>14,.0f} samples/s")
+        print(f"{'limit ' + precision:16}{limit(precision):>14,.0f} samples/s")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from benchmarks.limit import RawTables
 from distmtl.batch import Batch
 from distmtl.config import Config, MMoEConfig
-from distmtl.model.embeddings import embedding_tables
+from distmtl.model.embeddings import FeatureVector, embedding_tables
 from distmtl.model.kernels import Run, side_by_side
 from distmtl.model.multitask import Head, initialise_dense
 
@@ -54,10 +54,6 @@ class TextbookHead(nn.Module):
             return torch.cat([tower(m) for tower, m in zip(self.towers, mixed, strict=True)], dim=1).float()
 
 
-def width_of(config: Config) -> int:
-    return sum(f.dim for f in config.embedded) + sum(f.width for f in config.dense)
-
-
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0).sum()
 
@@ -65,7 +61,7 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
 class InMemory:
     def __init__(self, config: Config, batches: list[Batch]):
         self.tables = RawTables(config, batches).tbe
-        self.head = Head(config, width_of(config))
+        self.head = Head(config, FeatureVector(config).width)
         initialise_dense(self.head, config.run.seed)
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=1e-3, fused=True)
 
@@ -95,7 +91,7 @@ class TorchRec:
             return loss, loss.detach()
 
     def __init__(self, config: Config, tuned: bool):
-        head = Head(config, width_of(config)) if tuned else TextbookHead(config, width_of(config))
+        head = Head(config, FeatureVector(config).width) if tuned else TextbookHead(config, FeatureVector(config).width)
         model = self.Model(config, head)
         for table in model.tables.embedding_bags.values():
             apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, [table.weight], {"lr": 0.05})
@@ -124,7 +120,7 @@ class PyTorch:
         sizes = {f.table_name: (f.rows, f.dim) for f in config.embedded}
         self.tables = nn.ModuleDict({k: nn.EmbeddingBag(*size, mode="sum", sparse=True) for k, size in sizes.items()})
         self.features = [(f.name, f.table_name) for f in config.embedded]
-        self.head = TextbookHead(config, width_of(config))
+        self.head = TextbookHead(config, FeatureVector(config).width)
         self.sparse = torch.optim.Adagrad(self.tables.parameters(), lr=0.05)
         self.dense = torch.optim.Adam(self.head.parameters(), lr=1e-3)
 

@@ -25,14 +25,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.limit import DTYPES, cpu_seconds, pieces, reader_of, real_batches
+from benchmarks.limit import DTYPES, Limit, cpu_seconds, reader_of, real_batches
 from benchmarks.loops import InMemory, PyTorch, TorchRec
 from distmtl.batch import Batch
 from distmtl.config import Config
 from distmtl.config_file import load_config
-from distmtl.data.dataset import open_dataset
 from distmtl.distributed.matmul import fastest_fp32
-from distmtl.distributed.process import process_group, quieten
+from distmtl.distributed.process import process_group
 from distmtl.loop import Training, open_splits
 from distmtl.progress import Progress
 from distmtl.versions import git_commit, versions
@@ -95,7 +94,7 @@ def one_process(config: Config, rounds: int, ratios: Ratios) -> None:
         every = loops(config, process, batches)
         for train in every.values():
             train(batches)
-        read = reader_of(config, open_dataset(config.data.train))
+        read = reader_of(config, config.data.train)
         for _ in range(rounds):
             best = limit(precision)
             if precision == "fp32":
@@ -105,41 +104,11 @@ def one_process(config: Config, rounds: int, ratios: Ratios) -> None:
                 ratios.setdefault(f"1 process, {precision}: {name}", []).append(rows / cpu_seconds(lambda t=train: t(batches)) / best)
 
 
-class Limit:
-    """Samples per CPU second that one thread could reach, measured now."""
-
-    def __init__(self, config: Config, batches: list[Batch]):
-        self.work = pieces(config, batches)
-        for work, _ in self.work.values():
-            work()
-
-    def __call__(self, precision: str) -> float:
-        return 1 / sum(1 / self.speed(name) for name in (f"gemm {precision}", "embeddings"))
-
-    def step(self, precision: str) -> Callable[[list[Batch]], None]:
-        """What `speed` measures, as a loop."""
-        gemm, tables = (self.work[name][0] for name in (f"gemm {precision}", "embeddings"))
-
-        def go(batches: list[Batch]) -> None:
-            for _ in batches:
-                gemm()
-                tables()
-
-        return go
-
-    def speed(self, name: str) -> float:
-        work, rows = self.work[name]
-        return statistics.median(rows / cpu_seconds(work) for _ in range(5))
-
-
-def _two(rank: int, store: str, config: Config, precisions: list[str], rounds: int, out: Any) -> None:
+def _two(rank: int, store: str, configs: dict[str, Config], rounds: int, out: Any) -> None:
     torch.set_num_threads(1)
-    quieten()
-    fastest_fp32()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     every: dict[str, Callable[[list[Batch]], None]] = {}
-    for precision in precisions:
-        own = with_values(config, {"train.precision": precision})
+    for precision, own in configs.items():
         with process_group(own) as process:
             batches = real_batches(own, STEPS)
             every |= {f"2 processes, {precision}: {name}": train for name, train in loops(own, process, batches).items()}
@@ -153,26 +122,18 @@ def _two(rank: int, store: str, config: Config, precisions: list[str], rounds: i
             train(batches)
             dist.barrier()
             if rank == 0:
-                out.append((name, 2 * config.train.global_batch_size * len(batches) / (time.perf_counter() - began)))
+                out.append((name, 2 * own.train.global_batch_size * len(batches) / (time.perf_counter() - began)))
     dist.destroy_process_group()
 
 
-def two_processes(config: Config, rounds: int, limits: dict[str, float], ratios: Ratios) -> None:
+def two_processes(configs: dict[str, Config], rounds: int, limits: dict[str, float], ratios: Ratios) -> None:
     """Wall-clock seconds of two processes of one thread each, `global_batch_size` rows per process."""
     with TemporaryDirectory() as folder, mp.Manager() as manager:
         out = manager.list()
-        mp.spawn(_two, (str(Path(folder) / "store"), config, list(DTYPES), rounds, out), nprocs=2)
+        mp.spawn(_two, (str(Path(folder) / "store"), configs, rounds, out), nprocs=2)
         for name, speed in out:
             precision = "bf16" if "bf16" in name else "fp32"
             ratios.setdefault(name, []).append(speed / (2 * limits[precision]))
-
-
-def with_values(config: Config, values: dict[str, Any]) -> Config:
-    raw = config.model_dump(mode="json")
-    for key, value in values.items():
-        section, name = key.split(".")
-        raw[section][name] = value
-    return type(config).model_validate(raw)
 
 
 def end_to_end(path: str, config: Config, workers: int, precision: str, folder: Path, steps: int | None) -> dict[str, Any]:
@@ -193,10 +154,9 @@ def plain_auc(config: Config) -> dict[str, float]:
 
     torch.manual_seed(config.run.seed)
     plain = PyTorch(config)
-    reader = reader_of(config, open_dataset(config.data.train))
+    reader = reader_of(config, config.data.train)
     plain.train(reader.batches(0, reader.steps_per_epoch))
-    assert config.data.validation
-    reader = reader_of(config, open_dataset(config.data.validation))
+    reader = reader_of(config, config.data.validation)
     scores, labels = [], []
     with torch.no_grad():
         for batch in reader.batches(0, reader.steps_per_epoch):
@@ -215,13 +175,13 @@ def main() -> None:
     a = p.parse_args()
     torch.set_num_threads(1)
     began, load = time.time(), os.getloadavg()[0]
-    config = load_config(a.config)
-    ratios: Ratios = {}
-    for precision in DTYPES:
-        one_process(with_values(config, {"train.precision": precision}), a.rounds, ratios)
+    configs = {precision: load_config(a.config, [f"train.precision={precision}"]) for precision in DTYPES}
+    config, ratios = configs["fp32"], Ratios()
+    for own in configs.values():
+        one_process(own, a.rounds, ratios)
     limit = Limit(config, real_batches(config))
     limits = {precision: limit(precision) for precision in DTYPES}
-    two_processes(config, a.rounds, limits, ratios)
+    two_processes(configs, a.rounds, limits, ratios)
     auc: dict[str, dict[str, float]] = {"plain PyTorch": plain_auc(config)}
     samples: dict[str, list[float]] = {}
     with TemporaryDirectory() as folder:

@@ -60,9 +60,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, type=Path, metavar="DIR")
     p.add_argument("--rows", type=int, default=600_000, help="rows of all splits together (default: %(default)s)")
     p.add_argument("--wide", action="store_true", help="24 id features, 2 bags and 8 numbers over tables of up to 2,000,000 rows, instead")
-    p.add_argument("--users", type=int, default=20_000, help="distinct users, up to 1e8 (default: %(default)s)")
-    p.add_argument("--items", type=int, default=5_000, help="distinct items, up to 1e8 (default: %(default)s)")
-    p.add_argument("--domains", type=int, default=1, help="domains that differ in their signal (default: %(default)s)")
+    p.add_argument("--users", type=int, help="distinct users, up to 1e8 (default: 20000)")
+    p.add_argument("--items", type=int, help="distinct items, up to 1e8 (default: 5000)")
+    p.add_argument("--domains", type=int, help="domains that differ in their signal (default: 1)")
     p.add_argument("--seed", type=int, default=0)
 
     p = command(
@@ -146,7 +146,10 @@ def synth(a: argparse.Namespace) -> None:
     from distmtl.data.synthetic import World, write_log
     from distmtl.data.wide import WideWorld
 
-    write_log(a.out, WideWorld(a.seed) if a.wide else World(a.seed, a.users, a.items, a.domains), rows=a.rows)
+    sizes = {name: getattr(a, name) for name in ("users", "items", "domains") if getattr(a, name) is not None}
+    if a.wide and sizes:
+        raise DistmtlError(f"--{next(iter(sizes))} says nothing about a --wide log; leave one of them out")
+    write_log(a.out, WideWorld(a.seed) if a.wide else World(a.seed, **sizes), rows=a.rows)
     print(f"wrote {a.rows:,} rows to {a.out}; next: distmtl train {a.out}/mmoe.yaml --workers 2")
 
 

@@ -118,7 +118,7 @@ class Training:
         self.config, self.process, self.splits, self.progress = config, process, splits, progress
         self.folder = place(config.run_dir)
         self.state = LoopState(monitor=config.train.monitor)
-        self.reader = _reader(config, splits["train"], process)
+        self.reader = train_reader(config, splits["train"], process)
         self.total_steps = min(self.reader.steps_per_epoch * config.train.epochs, config.train.steps or 2**62)
         torch.manual_seed(config.run.seed)  # for what a head of the user's draws itself
         self.train_model = TrainModel(config, process.device)
@@ -254,7 +254,7 @@ class Training:
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint, write result.json. A stopped run ends without: there may be little time left."""
-        config, state, process = self.config.train, self.state, self.process
+        state, process = self.state, self.process
         if not self.stopped and state.best_step is not None and state.best_step != state.step:
             best_step = state.best_step
             best = on_first_rank(process, lambda: checkpoint.of_step(self.folder / "checkpoints", best_step))
@@ -272,7 +272,7 @@ class Training:
             "run_dir": absolute(self.config.run_dir),
             "world_size": process.world_size,
             "device": process.device.type,
-            "precision": config.precision,
+            "precision": self.config.train.precision,
             "epochs": round(state.step / self.reader.steps_per_epoch, 4),
             "steps": state.step,
             "rows": state.rows,
@@ -430,7 +430,7 @@ class Training:
         lines = [
             f"{config.name}: {config.model.kind} on {process.world_size} worker(s), {process.device.type}, run directory {self.folder}",
             f"{begin}; rows: {sizes}; {self.total_steps} steps of {config.train.global_batch_size}",
-            f"{config.train.precision}; float32 matrix products by {fastest_fp32()}",
+            config.train.precision + (f"; float32 matrix products by {fastest_fp32()}" if process.device.type == "cpu" else ""),
             f"parameters: {tables:,} in {len(self.planned)} tables, {dense:,} dense; sharding plan (MB: weights and optimizer state):",
             *("  " + line for line in plan_text(self.planned, process.world_size).splitlines()),
         ]
@@ -448,7 +448,8 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
 
 
-def _reader(config: Config, dataset: Dataset, process: Process) -> Reader:
+def train_reader(config: Config, dataset: Dataset, process: Process) -> Reader:
+    """This rank's share of the training rows, in the order of training."""
     return Reader(
         dataset,
         Collator(config, locate=dataset.locate),

@@ -27,7 +27,7 @@ from torchrec.distributed.types import CacheParams
 from distmtl.config import Config, SgdDense
 from distmtl.distributed.process import process_group, quieten
 from distmtl.distributed.sharding import (
-    GLOO_GB_S,
+    GLOO_BANDWIDTH,
     BisectingProposer,
     PlannedTable,
     Sharder,
@@ -70,7 +70,7 @@ class Hardware:
     @classmethod
     def of(cls, device: str, **given: Any) -> Hardware:
         """With the bandwidths that training assumes on this device, where none are given."""
-        gloo = {"intra_gb_s": GLOO_GB_S, "inter_gb_s": GLOO_GB_S} if device == "cpu" else {}
+        gloo = dict.fromkeys(("intra_gb_s", "inter_gb_s"), GLOO_BANDWIDTH / BYTES_PER_MS) if device == "cpu" else {}
         return cls(**{"device": device, **gloo, **given})
 
     @property

@@ -5,8 +5,9 @@ import tiny
 
 from benchmarks.check import drops
 from benchmarks.limit import DTYPES, cpu_seconds, exchange_bytes, pieces, products, real_batches
-from benchmarks.loops import InMemory, PyTorch, width_of
+from benchmarks.loops import InMemory, PyTorch
 from distmtl.config_file import parse_config
+from distmtl.model.embeddings import FeatureVector
 
 MMOE = {"kind": "mmoe", "num_experts": 3, "expert": [16, 8]}
 
@@ -25,7 +26,7 @@ def test_a_drop_is_one_of_more_than_15_percent():
 
 
 def test_products_are_the_heads(config):
-    width = width_of(config)
+    width = FeatureVector(config).width
     assert sorted(products(config, width)) == sorted(
         [(width, 16)] * 3 + [(16, 8)] * 3 + [(width, 6)] + [s for t in config.tasks for s in _tower(8, t.tower)]
     )

@@ -70,7 +70,7 @@ def test_onednn_is_refused_where_it_rounds(monkeypatch):
     errors = iter([1e-6, 1e-3])
     monkeypatch.setattr(matmul, "_error", lambda: next(errors))
     try:
-        assert "not float32 here" in matmul.fastest_fp32.__wrapped__()
+        assert "are not float32 here" in matmul.fastest_fp32.__wrapped__()
         assert torch.backends.mkldnn.matmul.fp32_precision == "none"
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from distmtl.__main__ import main
 from distmtl.config_file import load_config
 from distmtl.data import synthetic
 from distmtl.data.synthetic import BLOCK, World, write_log
@@ -191,3 +192,8 @@ def test_a_wide_log(tmp_path):
     assert _within(rows.click, rows.p_click)
     assert _within(rows.conversion, rows.p_conversion)
     assert roc_auc_score(rows.click, rows.p_click) > 0.75
+
+
+def test_sizes_that_a_wide_log_does_not_have_are_refused(tmp_path, capsys):
+    assert main(["synth", "--wide", "--users", "5", "--out", str(tmp_path / "log")]) == 1
+    assert "--users says nothing about a --wide log" in capsys.readouterr().err

@@ -49,13 +49,16 @@ class Collator:
         numbers = columns[ROW].to_numpy()
         at = lambda i: self.locate(int(numbers[i]))  # noqa: E731
 
-        def put(values: Any, out: np.ndarray) -> None:
-            if order is None or np.ndim(values) == 0:
+        def permuted(values: np.ndarray) -> np.ndarray:
+            return values if order is None else values.take(order, axis=0)
+
+        def put(values: np.ndarray, out: np.ndarray) -> None:
+            if order is None:
                 out[:] = values
             elif out.flags.c_contiguous and out.dtype == values.dtype:
                 np.take(values, order, axis=0, out=out, mode="clip")  # "raise" would buffer
             else:
-                out[:] = values.take(order, axis=0)
+                out[:] = permuted(values)
 
         bags: dict[int, Bag] = {}
         single, replaced = np.empty((len(self.keys), n), dtype=np.int64), np.zeros(n, dtype=np.int64)
@@ -66,7 +69,7 @@ class Collator:
             else:
                 bags[f] = Bag.of(ids, lengths, order)
             if outside is not None:
-                replaced += outside if order is None else outside.take(order)
+                replaced += permuted(outside)
         dense, start = np.empty((n, self.dense_width), dtype=np.float32), 0
         for number in self.config.dense:
             put(_dense(columns[number.source], number, at), dense[:, start : start + number.width])
@@ -78,10 +81,9 @@ class Collator:
             label, known = _label(columns[task.column], task.column, isinstance(task, BinaryTask), at)
             put(label, labels[:, t])
             put(known * weight, weights[:, t])
-        others = (numbers, self._groups(columns), self._oracle(columns, n))
-        numbers_, groups, oracle = (a if a is None or order is None else a.take(order, axis=0) for a in others)
-        assert numbers_ is not None
-        return Rows(single[: len(self.keys) - len(bags)], bags, dense, labels, weights, numbers_, replaced, groups, oracle)
+        single = single[: len(self.keys) - len(bags)]
+        groups, oracle = (None if a is None else permuted(a) for a in (self._groups(columns), self._oracle(columns, n)))
+        return Rows(single, bags, dense, labels, weights, permuted(numbers), replaced, groups, oracle)
 
     def mistakes(self, table: pa.Table) -> list[str]:
         """What `__call__` would refuse, every column's first mistake instead of the first column's."""

@@ -227,9 +227,8 @@ class World(Planted):
         stars = np.clip(np.round(3.6 + rating + 0.7 * rng.standard_normal(BLOCK)), 1, 5).astype(np.float32)
         rated = converted & (rng.random(BLOCK) < 0.9)
 
-        has = x["interests"] >= 0
         columns: dict[str, Any] = {name: values for name, values in x.items() if name != "domain" or self.domains > 1}
-        columns["interests"] = pa.ListArray.from_arrays(np.r_[0, np.cumsum(has.sum(1))].astype(np.int32), x["interests"][has])
+        columns["interests"] = lists(x["interests"])
         columns["days_since_visit"] = pa.array(x["days_since_visit"], from_pandas=True)  # NaN becomes null
         columns["click"] = clicked.astype(np.int8)
         columns["conversion"] = pa.array(converted.astype(np.int8), mask=~clicked)
@@ -281,6 +280,12 @@ class World(Planted):
             },
             "train": {"global_batch_size": 1024, "epochs": 1, "log_every": 50},  # a second epoch learns users by heart
         }
+
+
+def lists(ids: np.ndarray) -> pa.Array:
+    """(n, width) ids, -1 where there is none, as a column of lists."""
+    has = ids >= 0
+    return pa.ListArray.from_arrays(np.r_[0, np.cumsum(has.sum(1))].astype(np.int32), ids[has])
 
 
 def _normal(nodes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distmtl.data.synthetic import BLOCK, SPLITS, Planted, scattered, sigmoid, solve
+from distmtl.data.synthetic import BLOCK, SPLITS, Planted, lists, scattered, sigmoid, solve
 from distmtl.errors import DistmtlError
 
+SMALLEST = 100  # rows of a table
 MAX_BAG = 8  # ids of a bag: 0 … MAX_BAG
 SPREAD = {"click": 1.5, "conversion": 1.2}
 RATE = {"click": 0.10, "conversion": 0.20}
@@ -27,7 +28,7 @@ RATE = {"click": 0.10, "conversion": 0.20}
 class WideWorld(Planted):
     """Args:
     ids, bags, numbers: how many features of each kind.
-    smallest, largest: rows of the smallest and the largest table; the others lie between, in equal ratios.
+    largest: rows of the largest table; the smallest has SMALLEST, the others lie between, in equal ratios.
     """
 
     name = "wide"
@@ -37,12 +38,12 @@ class WideWorld(Planted):
         "ple": {"model": {"kind": "ple", "num_levels": 2, "shared_experts": 2, "task_experts": 1, "expert": [128]}},
     }
 
-    def __init__(self, seed: int = 0, ids: int = 24, bags: int = 2, numbers: int = 8, smallest: int = 100, largest: int = 2_000_000):
+    def __init__(self, seed: int = 0, ids: int = 24, bags: int = 2, numbers: int = 8, largest: int = 2_000_000):
         super().__init__(seed)
-        if not 1 <= smallest <= largest <= 10**9 or ids < 2:
-            raise DistmtlError(f"tables of {smallest} … {largest} rows and {ids} ids: needs 1 ≤ smallest ≤ largest ≤ 1e9 and ids ≥ 2")
+        if not SMALLEST <= largest <= 10**9 or ids < 2:
+            raise DistmtlError(f"largest {largest} and ids {ids}: needs {SMALLEST} ≤ largest ≤ 1e9 and ids ≥ 2")
         self.numbers = [f"x{i:02d}" for i in range(numbers)]
-        sizes = np.geomspace(smallest, largest, ids).round().astype(int)
+        sizes = np.geomspace(SMALLEST, largest, ids).round().astype(int)
         self.ids = {f"id{i:02d}": int(n) for i, n in enumerate(sizes)}
         self.bags = {f"bag{i}": int(sizes[len(sizes) // 2]) for i in range(bags)}
         self.offset, self.scale = dict.fromkeys(RATE, 0.0), dict.fromkeys(RATE, 1.0)
@@ -85,8 +86,7 @@ class WideWorld(Planted):
         click, conversion = rng.random(BLOCK) < p_click, rng.random(BLOCK) < p_conversion
         columns: dict[str, Any] = dict(x)
         for name in self.bags:
-            has = x[name] >= 0
-            columns[name] = pa.ListArray.from_arrays(np.r_[0, np.cumsum(has.sum(1))].astype(np.int32), x[name][has])
+            columns[name] = lists(x[name])
         columns |= {"click": click.astype(np.int8), "conversion": (click & conversion).astype(np.int8)}
         if split != "train":
             columns |= {"p_click": p_click, "p_conversion": p_click * p_conversion}

@@ -44,9 +44,10 @@ def process_group(config: Config) -> Iterator[Process]:
         DistmtlError: more processes than data.num_streams, or a device that is not there.
     """
     quieten()
-    fastest_fp32()
     own = not dist.is_initialized()
     device = choose_device(config)
+    if device.type == "cpu":
+        fastest_fp32()
     if own:
         if under_torchrun():
             dist.init_process_group(backend_of(device), timeout=timedelta(seconds=config.cluster.collective_timeout_s))

@@ -29,9 +29,7 @@ from distmtl.distributed.process import Process
 from distmtl.errors import DistmtlError
 
 INIT_ROWS = 65_536  # rows initialised from one seed
-GLOO_GB_S = (
-    1.0  # GiB/s that a rank sends on CPU: measured over loopback; TorchRec assumes NVLink, and cuts small tables in rows for nothing
-)
+GLOO_BANDWIDTH = 2**30 / 1000  # bytes per ms that a rank sends on CPU, over loopback; with NVLink's, TorchRec's default, all is cut in rows
 SEARCH = 150_000  # shards that one proposer may weigh, at 20 to 50 µs each
 
 
@@ -221,8 +219,7 @@ def make_plan(model: nn.Module, config: Config, process: Process) -> ShardingPla
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
     memory = torch.cuda.get_device_properties(process.device).total_memory if process.device.type == "cuda" else None
-    gloo = GLOO_GB_S * 2**30 / 1000  # bytes per millisecond
-    bandwidths = {"intra_host_bw": gloo, "inter_host_bw": gloo} if process.device.type == "cpu" else {}
+    bandwidths = {"intra_host_bw": GLOO_BANDWIDTH, "inter_host_bw": GLOO_BANDWIDTH} if process.device.type == "cpu" else {}
     topology = Topology(process.world_size, process.device.type, hbm_cap=memory, local_world_size=local, **bandwidths)
     planner = make_planner(config, topology, constraints(config, local, process.world_size))
     try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from distmtl.model.experts import Experts, Gate, gates
+from distmtl.model.experts import Experts, Gate
 from distmtl.model.kernels import mix
 
 
@@ -29,12 +29,8 @@ class CGC(nn.Module):
         experts = self.experts([x[t] for t in range(self.num_tasks) for _ in range(self.own)] + [x[-1]] * self.shared)
         shared = experts[split:]
         own = (experts[t * self.own : (t + 1) * self.own] for t in range(self.num_tasks))
-        out = [self._mixed(gate, x[t], mine + shared) for t, (gate, mine) in enumerate(zip(self.gates, own, strict=True))]
-        return out if self.shared_gate is None else [*out, self._mixed(self.shared_gate, x[-1], experts)]
-
-    @staticmethod
-    def _mixed(gate: nn.Module, x: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        return mix(gates([gate], x), experts)[0]
+        out = [mix(gate(x[t])[:, None], mine + shared)[0] for t, (gate, mine) in enumerate(zip(self.gates, own, strict=True))]
+        return out if self.shared_gate is None else [*out, *mix(self.shared_gate(x[-1])[:, None], experts)]
 
 
 class PLE(nn.Module):
