@@ -149,6 +149,8 @@ case ${1:-} in
       if [ -e "$pid" ]; then end "$(basename "$pid" .pid)"; fi
     done
     [ -z "$netns" ] || unplug
+    last=${RAY_TEMP_DIR:-/tmp/ray}/ray_current_cluster # where drivers of this machine look first: 20 s of waiting and warnings if nobody is there
+    if [ "$(cat "$last" 2> /dev/null)" = "$head:$port" ]; then rm -f "$last"; fi
     ;;
   *) sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

@@ -15,9 +15,12 @@ def _why_not() -> str | None:
     if not shutil.which("ip"):
         return "needs the command ip (package iproute2)"
     name = f"probe{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    veth = ["type", "veth", "peer", "name", "eth1"]
+    steps = (["netns", "add", name], ["-n", name, "link", "add", "eth0", *veth], ["-n", name, "link", "add", "br0", "type", "bridge"])
+    done = [subprocess.run(["ip", *step], capture_output=True, text=True, check=False) for step in steps]
     subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
-    return None if made.returncode == 0 else f"cannot make a network namespace: {made.stderr.strip()}"
+    errors = [d.stderr.strip() for d in done if d.returncode]
+    return f"cannot make a network namespace: {errors[0]}" if errors else None
 
 
 _reason = _why_not()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from namespaces import needs_namespaces
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "local_cluster.sh"
 ADDRESSES = """
@@ -30,23 +31,9 @@ def shell(*command: object, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def why_no_namespaces() -> str:
-    """Empty where network namespaces can be made."""
-    if os.geteuid() != 0 or not shutil.which("ip"):
-        return "needs root and the command ip"
-    name = f"probe{os.getpid()}"
-    made = shell("ip", "netns", "add", name)
-    linked = shell("ip", "-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
-    bridged = shell("ip", "-n", name, "link", "add", "br0", "type", "bridge")
-    shell("ip", "netns", "delete", name)
-    return (made.stderr or linked.stderr or bridged.stderr).strip()
-
-
 @pytest.fixture
 def names(tmp_path) -> Iterator[dict[str, str]]:
     """What tells this cluster from others; it is stopped in the end, whatever became of it."""
-    if reason := why_no_namespaces():
-        pytest.skip(f"no network namespaces here: {reason}")
     pid = os.getpid()
     environment = {"NETNS": f"t{pid % 10**7}", "SUBNET": f"10.{100 + pid // 250 % 100}.{pid % 250}.0/24", "CLUSTER_DIR": str(tmp_path)}
     yield environment
@@ -60,6 +47,7 @@ def remains(name: str, pids: set[int]) -> list[str]:
     return re.findall(rf"\b{name}-\w+", listed) + [f"process {p}" for p in alive]
 
 
+@needs_namespaces
 @pytest.mark.slow
 def test_nodes_have_addresses_of_their_own_and_leave_nothing(names):
     def cluster(*arguments: object) -> str:
@@ -90,10 +78,13 @@ def test_nodes_have_addresses_of_their_own_and_leave_nothing(names):
     alive, answers = json.loads(cluster("run", "python", "-c", ADDRESSES, *workers))
     assert {head, *workers} <= set(alive) and answers == workers  # Ray takes 15 seconds to miss the killed one
 
+    last = Path(os.environ.get("RAY_TEMP_DIR", "/tmp/ray")) / "ray_current_cluster"  # Ray's note, for drivers that name no address
+    assert last.read_text() == f"{head}:6379"
     running = pids("head") | pids("node2") | pids("node3")
     assert running and len(remains(names["NETNS"], running)) > len(running)
     cluster("stop")
     assert remains(names["NETNS"], running) == []
+    assert not last.exists(), "the next driver of this machine would look for the cluster that is gone"
 
 
 def test_without_ip_it_says_so(tmp_path):
