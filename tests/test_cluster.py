@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -269,3 +270,16 @@ def test_ray_train_s_actors_are_told_which_cluster_is_theirs(monkeypatch):
         with trainer.known_address():
             assert get_env_vars_to_propagate()["RAY_ADDRESS"] == "10.0.0.9:6379"
         assert os.environ.get("RAY_ADDRESS") == before
+
+
+def test_a_cluster_that_died_is_not_waited_for(tmp_path, monkeypatch):
+    """`ray start` notes its cluster on the machine; one that was killed leaves the note."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    monkeypatch.setattr("ray._private.utils.get_ray_address_file", lambda temp_dir: str(tmp_path / "ray_current_cluster"))
+    assert trainer._cluster_here() == "local"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        (tmp_path / "ray_current_cluster").write_text(address)
+        assert trainer._cluster_here() == address
+    assert trainer._cluster_here() == "local"

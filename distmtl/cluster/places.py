@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node, state
@@ -42,7 +41,7 @@ def nodes(worker: dict[str, int]) -> list[Node]:
             leaves_at=draining.get(n["NodeID"], 0) / 1000,
         )
         for n in ray.nodes()
-        if n["Alive"] and _answers(n)
+        if n["Alive"] and answers(n["NodeManagerAddress"], n["NodeManagerPort"])
     ]
 
 
@@ -50,9 +49,9 @@ def _fitting(resources: dict[str, float], worker: dict[str, int]) -> int:
     return min(int(resources.get(name, 0) // amount) for name, amount in worker.items())
 
 
-def _answers(node: dict[str, Any]) -> bool:
+def answers(host: str, port: int) -> bool:
     try:
-        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=CONNECT_S).close()
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
     except OSError:
         return False
     return True

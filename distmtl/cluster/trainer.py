@@ -15,13 +15,14 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a w
 
 import pyarrow.fs
 import ray
+from ray._private.services import get_ray_address_from_environment
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from distmtl.cluster.network import ProcessGroupConfig
-from distmtl.cluster.places import nodes, worker_resources
+from distmtl.cluster.places import answers, nodes, worker_resources
 from distmtl.cluster.supervision import Supervisor, last_line
 from distmtl.cluster.timeouts import set_hang_timeout
 from distmtl.config import ClusterConfig, Config
@@ -148,9 +149,10 @@ def _connect(address: str, config: Config, settings: dict[str, Any]) -> None:
     Raises:
         DistmtlError: no cluster answers there.
     """
-    if address != "local":
+    place = _cluster_here() if address == "auto" else address
+    if place != "local":
         try:
-            ray.init(**settings, address=address)
+            ray.init(**settings, address=place)
             return
         except (ConnectionError, RayError) as e:
             if address != "auto":
@@ -160,6 +162,17 @@ def _connect(address: str, config: Config, settings: dict[str, Any]) -> None:
                 ) from e
     cpus = max(os.cpu_count() or 1, config.cluster.workers.max * config.cluster.cpus_per_worker)
     ray.init(**settings, address="local", num_cpus=cpus)
+
+
+def _cluster_here() -> str:
+    """The cluster that `ray start` made on this machine, else `local`. Ray's own note may be of one that died: ray.init would wait
+    for it in silence, for minutes."""
+    try:
+        address = get_ray_address_from_environment("auto", None)
+    except ConnectionError:
+        return "local"
+    host, _, port = address.rpartition(":")
+    return address if answers(host, int(port)) else "local"
 
 
 def _use_gpu(cluster: ClusterConfig) -> bool:
