@@ -17,8 +17,8 @@ class Optimizers:
     """Steps everything that is trained.
 
     Dense gradients live in one flat buffer: one all-reduce, in an order that never changes (a resumed run is bit-equal to
-    an uninterrupted one), one norm, one zeroing. Tables are stepped by FBGEMM inside backward; here they get their learning
-    rate.
+    an uninterrupted one), one norm, one zeroing. It begins when the last of them is there, while the tables' gradients are
+    exchanged. Tables are stepped by FBGEMM inside backward; here they get their learning rate.
 
     Args:
         fused: TorchRec's optimizer of the sharded tables.
@@ -33,6 +33,11 @@ class Optimizers:
         self.parameters = dict(sorted(dense.items()))
         self.gradients = _flat_gradients(list(self.parameters.values()))
         self.dense = dense_optimizer(config, list(self.parameters.values()))
+        self.missing = len(self.parameters)  # gradients of this step that are not there yet
+        self.exchange: dist.Work | None = None  # their all-reduce
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for parameter in self.parameters.values():
+                parameter.register_post_accumulate_grad_hook(self._arrived)
         self.base = [g["lr"] for g in self._groups()]
         self.set_step(0)
 
@@ -52,13 +57,19 @@ class Optimizers:
     def zero_grad(self) -> None:
         self.fused.zero_grad()  # sends the learning rate to FBGEMM, before the backward that uses it
         self.gradients.zero_()
+        self.missing, self.exchange = len(self.parameters), None
+
+    def _arrived(self, parameter: Tensor) -> None:
+        self.missing -= 1
+        if self.missing == 0:
+            self.exchange = dist.all_reduce(self.gradients, async_op=True)
 
     def step(self) -> None:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            exchange = self.exchange or dist.all_reduce(self.gradients, async_op=True)  # a parameter was not used in this step
+            exchange.wait()
         if not bool(self.trained()):
             return
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.gradients)
-            self.gradients.div_(dist.get_world_size())
         if self.config.clip_norm:
             norm = self.gradients.norm()
             self.gradients.mul_((self.config.clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0))

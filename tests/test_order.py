@@ -94,8 +94,8 @@ def test_shuffling_spreads_neighbours():
     starts = np.concatenate([[0], np.cumsum(groups)])
     when = np.empty(starts[-1], dtype=np.int64)
     for s in range(16):
-        for position in range(0, order.stream_rows(s), 2048):
-            first, last, permutation = order.window_of(s, position)
+        for index in range(-(-order.stream_rows(s) // 2048)):
+            first, last, permutation = order.window_of(s, index)
             rows = np.concatenate([np.arange(starts[g] + a, starts[g] + b) for g, a, b in order.pieces(s, first, last)])[permutation]
             when[rows] = np.arange(first, last) // 32
     spread = [len(np.unique(when[g * 1024 : (g + 1) * 1024])) / 128 for g in range(64)]

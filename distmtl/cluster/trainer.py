@@ -33,6 +33,14 @@ from distmtl.run_directory import ResumePolicy, open_run
 from distmtl.storage import absolute, is_remote, place
 
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+# glibc gives the memory of a step's large tensors back to the system, and the next step pays a page fault for every 4 kB of them: a fifth
+# of its time on CPU. One arena, since the others give back whatever these say (mallopt(3)). launch/torchrun.sh sets the same.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**28),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 
 
 def train_on_ray(config: Config, resume: str = "auto", report: Report = print_record, policy: ResumePolicy = "strict") -> dict[str, Any]:
@@ -114,7 +122,7 @@ def session(config: Config) -> Iterator[None]:
     own = not ray.is_initialized()
     if own:
         # What the environment holds comes first, and a job's own env_vars are in it: Ray refuses a variable set by both.
-        environment = {"env_vars": {k: v for k, v in QUIET.items() if k not in os.environ}}
+        environment = {"env_vars": {k: v for k, v in (QUIET | KEEP_MEMORY).items() if k not in os.environ}}
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": environment}
         handler = signal.getsignal(signal.SIGTERM)
         _connect(os.environ.get("RAY_ADDRESS", "auto"), config, quiet)

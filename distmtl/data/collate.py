@@ -222,20 +222,21 @@ def _dense(array: pa.Array, feature: NumericFeature | VectorFeature, at: Callabl
     """(n, width) float32, or (n, 1) normalised."""
     if isinstance(feature, VectorFeature):
         return _vectors(array, feature, at)
-    known = array.is_valid().to_numpy(zero_copy_only=False)
-    x = _floats(array)
-    _no_nan(x, f"feature {feature.name!r}", at)
-    if feature.log:
-        x = np.sign(x) * np.log1p(np.abs(x))
-    normalised = (x - feature.mean) / feature.std
+    plain = not feature.log and feature.mean == 0.0 and feature.std == 1.0
+    x = normalised = _floats(array, array.type if plain and pa.types.is_float32(array.type) else pa.float64())
+    if not plain:
+        normalised = ((np.sign(x) * np.log1p(np.abs(x)) if feature.log else x) - feature.mean) / feature.std
     if array.null_count:
-        normalised = np.where(known, normalised, 0.0)
-    if (huge := np.abs(normalised) > np.finfo(np.float32).max).any():
-        i = _first(huge)
+        normalised = np.where(array.is_valid().to_numpy(zero_copy_only=False), normalised, 0.0)
+    with np.errstate(over="ignore"):
+        out = normalised.astype(np.float32, copy=False)
+    if not np.isfinite(out).all():
+        _no_nan(x, f"feature {feature.name!r}", at)
+        i = _first(~np.isfinite(out))
         raise DistmtlError(
             f"feature {feature.name!r}: {array[i]} at {at(i)} is {normalised[i]:g} after normalisation, beyond float32; use log: true"
         )
-    return normalised.astype(np.float32)[:, None]
+    return out[:, None]
 
 
 def _floats(array: pa.Array, kind: pa.DataType = pa.float64()) -> np.ndarray:  # noqa: B008

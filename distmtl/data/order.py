@@ -32,17 +32,20 @@ class EpochOrder:
     def stream_rows(self, stream: int) -> int:
         return int(self.bounds[stream + 1] - self.bounds[stream])
 
-    def rows_in_step(self, step: int, stream: int) -> int:
-        """How many rows of `stream` the epoch's step `step` takes: `rows_per_step`, fewer or none in the last ones."""
-        return min(max(self.stream_rows(stream) - step * self.rows_per_step, 0), self.rows_per_step)
+    def positions_of(self, step: int) -> tuple[int, int]:
+        """First and last (excluded) position that the epoch's step `step` takes of every stream that is long enough."""
+        return step * self.rows_per_step, (step + 1) * self.rows_per_step
 
-    def window_of(self, stream: int, position: int) -> tuple[int, int, np.ndarray | None]:
-        """The window around a stream's row `position`: its first and last (excluded) row in the stream, and its permutation."""
-        index = position // self.window
-        first = index * self.window
-        last = min(first + self.window, self.stream_rows(stream))
+    def steps_of(self, first: int, last: int) -> range:
+        """The steps that take positions first … last-1."""
+        return range(first // self.rows_per_step, -(-last // self.rows_per_step))
+
+    def window_of(self, stream: int, index: int) -> tuple[int, int, np.ndarray]:
+        """A stream's window: its first and last (excluded) row in the stream, and its permutation."""
+        rows = self.stream_rows(stream)
+        first, last = min(index * self.window, rows), min((index + 1) * self.window, rows)
         if self.key is None:
-            return first, last, None
+            return first, last, np.arange(last - first)
         return first, last, np.random.default_rng((*self.key, stream, index)).permutation(last - first)
 
     def pieces(self, stream: int, first: int, last: int) -> list[tuple[int, int, int]]:

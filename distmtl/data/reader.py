@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from distmtl.batch import Batch
 from distmtl.data.collate import ROW, Collator, alike
@@ -17,6 +20,7 @@ from distmtl.data.rows import Part, Rows, batch_of
 from distmtl.errors import DistmtlError
 
 DECODE_ROWS = 8192  # rows decoded at a time, per open row group
+OPEN_FILES = 32  # kept open beside those being read: opening again means to read the footer again
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,12 @@ class Reader:
 
     def rows_of_step(self, step: int) -> int:
         """Rows that a global step takes from the data set, over all ranks."""
+        return int(self._stream_rows(step).sum())
+
+    def _stream_rows(self, step: int) -> np.ndarray:
+        """(num_streams,) rows that a global step takes of every stream: `rows_per_step`, fewer or none in an epoch's last steps."""
         bounds = np.arange(self.num_streams + 1) * self.dataset.rows // self.num_streams
-        left = np.diff(bounds) - step % self.steps_per_epoch * self.rows_per_step
-        return int(left.clip(0, self.rows_per_step).sum())
+        return (np.diff(bounds) - step % self.steps_per_epoch * self.rows_per_step).clip(0, self.rows_per_step)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Batches of the global steps first … last-1. A failing read gives a batch of padding that says why, and ends them."""
@@ -63,69 +70,80 @@ class Reader:
                 yield batch
 
     def _batches(self, first: int, last: int) -> Iterator[Batch]:
-        epoch, streams, nothing = -1, [], [(self.collate.padding(), 0, 0)]
+        epoch, nothing = -1, [(self.collate.padding(), 0, 0)]
         for step in range(first, last):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 order = self._order(epoch)
-                own = streams_of(self.rank, self.world_size, self.num_streams)
-                streams = [StreamRows(self.dataset, order, s, self.collate) for s in own]
+                windows = Windows(self.dataset, order, streams_of(self.rank, self.world_size, self.num_streams), self.collate)
             within = step % self.steps_per_epoch
             try:
-                due = [(s, order.rows_in_step(within, s.stream)) for s in streams]
-                parts = [part for s, rows in due for part in s.take(within * self.rows_per_step, rows)]
-                yield batch_of(parts or nothing, self.collate.keys, self._padded_rows(order, within), step)
+                parts = list(windows.rows_of(within))
+                yield batch_of(parts or nothing, self.collate.keys, self._padded_rows(step), step)
             except Exception as e:  # whatever it is, the other ranks must hear of it in this step, or they would wait for ever
                 what = str(e) if isinstance(e, DistmtlError) else f"{type(e).__name__}: {e}"
                 error = f"data set {self.dataset.path}: {what}"
-                yield batch_of(nothing, self.collate.keys, self._padded_rows(order, within), step, error)
+                yield batch_of(nothing, self.collate.keys, self._padded_rows(step), step, error)
                 return
 
     def _order(self, epoch: int) -> EpochOrder:
         key = None if self.seed is None else (self.seed, epoch)
         return EpochOrder(self.dataset.group_rows, key, self.num_streams, self.window, self.rows_per_step)
 
-    def _padded_rows(self, order: EpochOrder, step: int) -> int:
+    def _padded_rows(self, step: int) -> int:
         """Rows of the fullest rank in this step: all ranks are padded to it (row-wise sharding fails on unequal batches)."""
-        ranks = (streams_of(r, self.world_size, self.num_streams) for r in range(self.world_size))
-        return max(sum(order.rows_in_step(step, s) for s in streams) for streams in ranks)
+        rows = self._stream_rows(step)
+        return max(
+            int(rows[s.start : s.stop].sum()) for s in (streams_of(r, self.world_size, self.num_streams) for r in range(self.world_size))
+        )
 
 
-class StreamRows:
-    """Rows of one stream, window by window; a window is decoded, checked and permuted once, and handed out in parts."""
+class Windows:
+    """The next window of each of a rank's streams, decoded, checked and laid out in the order of the steps, all at once: a step is a cut."""
 
-    def __init__(self, dataset: Dataset, order: EpochOrder, stream: int, collate: Collator):
-        self.order, self.stream, self.collate = order, stream, collate
-        self.groups = GroupRows(dataset, collate.columns)
-        self.first = self.last = 0
-        self.window: Rows | None = None
+    def __init__(self, dataset: Dataset, order: EpochOrder, streams: range, collate: Collator):
+        self.order, self.streams, self.collate = order, streams, collate
+        files = lru_cache(maxsize=OPEN_FILES)(dataset.open_part)
+        self.groups = {s: GroupRows(dataset, collate.columns, files) for s in streams}
+        self.index = -1
+        self.rows: Rows | None = None
+        self.spans: dict[int, tuple[int, int]] = {}  # step → its first and last (excluded) row here
 
-    def take(self, position: int, rows: int) -> Iterator[Part]:
-        """The stream's rows position … position+rows-1."""
-        while rows:
-            window = self._window(position)
-            first = position - self.first
-            last = min(first + rows, self.last - self.first)
-            yield window, first, last
-            position, rows = position + last - first, rows - (last - first)
+    def rows_of(self, step: int) -> Iterator[Part]:
+        """A step's rows: one part, or more where windows end within the step."""
+        first, last = self.order.positions_of(step)
+        for index in range(first // self.order.window, -(-last // self.order.window)):
+            if index != self.index:
+                self._read(index)
+            if self.rows and step in self.spans:
+                yield self.rows, *self.spans[step]
 
-    def _window(self, position: int) -> Rows:
-        if self.window is None or not self.first <= position < self.last:
-            self.window = None  # not two at a time
-            self.first, self.last, permutation = self.order.window_of(self.stream, position)
-            pieces = [self.groups.take(*p) for p in self.order.pieces(self.stream, self.first, self.last)]
-            self.window = self.collate(pa.concat_tables(pieces, promote_options="permissive"), permutation)
-        return self.window
+    def _read(self, index: int) -> None:
+        self.index, self.rows = index, None  # not two at a time
+        pieces, steps, read = [], defaultdict(list), 0
+        for stream in self.streams:
+            first, last, permutation = self.order.window_of(stream, index)
+            pieces += [self.groups[stream].take(*p) for p in self.order.pieces(stream, first, last)]
+            for step in self.order.steps_of(first, last):
+                a, b = self.order.positions_of(step)
+                steps[step].append(read + permutation[max(a - first, 0) : b - first])
+            read += last - first
+        ends = np.cumsum([sum(map(len, parts)) for parts in steps.values()]).tolist()
+        self.spans = {step: (a, b) for step, a, b in zip(steps, [0, *ends], ends, strict=False)}
+        if read:
+            order = np.concatenate([part for parts in steps.values() for part in parts])
+            self.rows = self.collate(pa.concat_tables(pieces, promote_options="permissive"), order)
 
 
 class GroupRows:
     """Rows of row groups read forwards, at most DECODE_ROWS of them decoded and waiting."""
 
-    def __init__(self, dataset: Dataset, columns: list[str]):
-        self.dataset, self.columns = dataset, columns
+    def __init__(self, dataset: Dataset, columns: list[str], open_part: Callable[[int], pq.ParquetFile]):
+        self.dataset, self.columns, self.open_part = dataset, columns, open_part
         self.group = -1
         self.position = 0  # of the first row not yet handed out
-        self.waiting: pa.Table | None = None
+        self.waiting: pa.Table
+        self.schema = pa.schema([])  # of tables that are as they should be
         self.source: Iterator[pa.RecordBatch] = iter(())
 
     def take(self, group: int, first: int, last: int) -> pa.Table:
@@ -139,27 +157,31 @@ class GroupRows:
 
     def _open(self, group: int) -> None:
         part, index = self.dataset.groups[group]
-        file = self.dataset.open_part(part)
-        self.source = file.iter_batches(batch_size=DECODE_ROWS, row_groups=[index], columns=self.columns, use_threads=False)
+        self.source = self.open_part(part).iter_batches(batch_size=DECODE_ROWS, row_groups=[index], columns=self.columns, use_threads=False)
         self.group, self.position = group, 0
-        self.waiting = alike(file.schema_arrow.empty_table().select(self.columns))
+        self.waiting = self._decoded()
+
+    def _decoded(self) -> pa.Table:
+        table = pa.Table.from_batches([next(self.source)])
+        if not table.schema.equals(self.schema):
+            table = alike(table)
+            self.schema = table.schema
+        return table
 
     def _skip(self, rows: int) -> None:
         """Parquet can only be read forwards: rows before the wanted ones are decoded, but not kept."""
-        assert self.waiting is not None
         self.position += rows
         while rows > self.waiting.num_rows:
             rows -= self.waiting.num_rows
-            self.waiting = alike(pa.Table.from_batches([next(self.source)]))
+            self.waiting = self._decoded()
         self.waiting = self.waiting.slice(rows)
 
     def _next(self, rows: int) -> pa.Table:
-        assert self.waiting is not None
         parts, missing = [], rows
         while missing > self.waiting.num_rows:
             parts.append(self.waiting)
             missing -= self.waiting.num_rows
-            self.waiting = alike(pa.Table.from_batches([next(self.source)]))
+            self.waiting = self._decoded()
         parts.append(self.waiting.slice(0, missing))
         self.waiting = self.waiting.slice(missing)
         self.position += rows

@@ -16,6 +16,7 @@ import torchrec
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.comm_ops import set_gradient_division
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
@@ -229,7 +230,9 @@ def make_plan(model: nn.Module, config: Config, process: Process) -> ShardingPla
 
 
 def shard(model: nn.Module, config: Config, process: Process) -> tuple[DistributedModelParallel, list[PlannedTable]]:
-    """Spread the tables of `model` over the ranks. Dense parameters stay whole on each; Optimizers averages their gradients."""
+    """Spread the tables of `model` over the ranks. Dense parameters stay whole on each; Optimizers sums their gradients, and TorchRec
+    those of the tables, of which it would take the mean."""
+    set_gradient_division(False)
     attach_table_optimizers(model, config, process.device)
     plan = make_plan(model, config, process)
     planned = list(describe(plan, config))

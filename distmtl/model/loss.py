@@ -43,8 +43,8 @@ def task_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskConfig]) -> 
 class JointLoss(nn.Module):
     """Lᵢ = Σ w·e / Σ w, both sums over all ranks; masked and padding rows have w = 0 and exactly zero gradient.
 
-    Gradients are averaged over ranks later (by TorchRec for tables, by Optimizers for the rest), so the local share of Lᵢ
-    is multiplied by the number of ranks. A non-finite loss or a failed reader, on any rank, gives every rank zero gradient.
+    Gradients are summed over ranks later, by TorchRec for tables, by Optimizers for the rest. A non-finite loss or a failed
+    reader, on any rank, gives every rank zero gradient.
 
     forward: logits (B, T), batch → scalar loss of this rank, StepNumbers
     """
@@ -65,15 +65,14 @@ class JointLoss(nn.Module):
         sums = (torch.where(known, errors, 0.0) * batch.weights).sum(0)
 
         failed = sums.new_tensor([float(batch.error is not None)])
-        ranks, shared = 1, torch.cat([sums.detach(), batch.weights.sum(0), bad.sum(0), failed]).double()
+        shared = torch.cat([sums.detach(), batch.weights.sum(0), bad.sum(0), failed]).double()
         if dist.is_initialized():
             dist.all_reduce(shared)
-            ranks = dist.get_world_size()
         total, weight, non_finite = shared[:-1].view(3, -1)
         self.trained = (non_finite.sum() == 0) & (shared[-1] == 0)
 
         share = torch.where(weight > 0, 1.0 / weight.clamp(min=1e-30), 0.0)
-        loss = (sums * (share * ranks).float() * self.task_weights).sum()
+        loss = (sums * share.float() * self.task_weights).sum()
         bad_rows = torch.where(bad.any(1), batch.rows, -1)
         numbers = StepNumbers(batch.step, total * share, weight, non_finite, shared[-1], bad_rows, self.trained, batch.error)
         return torch.where(self.trained, loss, 0.0), numbers
