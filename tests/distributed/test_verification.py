@@ -29,6 +29,7 @@ def test_verify_passes_and_says_what_it_changed(tiny_data, tmp_path, capsys, mon
 
 
 def test_verify_fails_when_ranks_do_not_share_their_gradients(tiny_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("distmtl.optim.Optimizers._arrived", lambda self, parameter: None)
     monkeypatch.setattr("distmtl.optim.Optimizers.step", lambda self: self.dense.step())
     assert main(["verify", write(tmp_path / "c.yaml", tiny.config(tiny_data, tmp_path / "run"))]) == 1
     assert "FAIL 2 workers agree" in capsys.readouterr().out
