@@ -9,7 +9,7 @@ TORCHREC := torchrec==1.8.0
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow chaos bench bench-check lint clean
+.PHONY: help install install-dev quickstart test test-slow chaos bench bench-check bench-sizes peers lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,16 @@ bench: data/wide/mmoe.yaml ## ratios to the machine's limit, beside bare TorchRe
 bench-check: data/wide/mmoe.yaml ## the same, failing where a ratio has dropped by more than 15 % since the committed results
 	@$(BIN)/python -m benchmarks.suite data/wide/mmoe.yaml --rounds 3 --out build/bench
 	@$(BIN)/python -m benchmarks.check benchmarks/results/suite.json build/bench/suite.json
+
+bench-sizes: data/wide/mmoe.yaml ## curves over sizes with plots, peak memory, bytes sent; about 10 minutes
+	@$(PIP_INSTALL) matplotlib
+	@$(BIN)/python -m benchmarks.curves
+	@$(BIN)/python -m benchmarks.memory
+	@$(BIN)/python -m benchmarks.traffic
+
+peers: | install ## torch-rechub and deepctr-torch in build/peers, for `make bench`
+	@$(BIN)/python -m venv build/peers
+	@build/peers/bin/python -m pip install -qq --disable-pip-version-check -r benchmarks/peers/requirements.txt
 
 data/wide/mmoe.yaml: | install-dev
 	@$(BIN)/distmtl synth --wide --rows 1310720 --out data/wide

@@ -1,9 +1,10 @@
-"""distmtl against the machine's limit, an in-memory loop, bare TorchRec and plain PyTorch, side by side.
+"""distmtl against the machine's limit, an in-memory loop, bare TorchRec, plain PyTorch and peers, side by side.
 
     .venv/bin/python -m benchmarks.suite data/wide/mmoe.yaml [--rounds 5] [--out benchmarks/results]
 
 One thread per process. Rounds are interleaved, so that a busy machine is busy for all of them; every figure is a ratio to the limit
-(limit.py) of the same round, of the two workers' to twice the limit. Writes suite.json and suite.md.
+(limit.py) of the same round, of the two workers' to twice the limit. The limit and the loops run with the malloc settings of
+distmtl's workers, what is measured end to end (baselines.py, the peers) as its user would run it. Writes suite.json and suite.md.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch.multiprocessing as mp
 from benchmarks.limit import DTYPES, Limit, cpu_seconds, reader_of, real_batches
 from benchmarks.loops import InMemory, PyTorch, TorchRec
 from distmtl.batch import Batch
+from distmtl.cluster.trainer import KEEP_MEMORY
 from distmtl.config import Config
 from distmtl.config_file import load_config
 from distmtl.distributed.matmul import fastest_fp32
@@ -136,16 +138,44 @@ def two_processes(configs: dict[str, Config], rounds: int, limits: dict[str, flo
             ratios.setdefault(name, []).append(speed / (2 * limits[precision]))
 
 
+def run(command: list[str]) -> str:
+    """What it prints, with torch's own settings of memory and one thread."""
+    environment = {k: v for k, v in os.environ.items() if k not in KEEP_MEMORY} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
 def end_to_end(path: str, config: Config, workers: int, precision: str, folder: Path, steps: int | None) -> dict[str, Any]:
     """`distmtl train` from Parquet to updated tables, under Ray; result.json. `steps`: of one worker; None: an epoch."""
     batch = workers * config.train.global_batch_size
     overrides = [f"train.precision={precision}", f"train.global_batch_size={batch}", f"run.dir={folder}", "train.log_every=10"]
     overrides += [f"train.steps={steps // workers}"] if steps else []
-    command = [sys.executable, "-m", "distmtl", "train", path, *overrides, "--workers", str(workers)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    run([sys.executable, "-m", "distmtl", "train", path, *overrides, "--workers", str(workers)])
     return json.loads((folder / "result.json").read_text())
+
+
+BASELINES = [("torchrec", 1, "fp32"), ("torchrec", 1, "bf16"), ("torchrec", 2, "fp32"), ("torchrec", 2, "bf16")]
+BASELINES += [("textbook", 1, "fp32"), ("textbook", 2, "fp32"), ("pytorch", 1, "fp32")]
+
+
+def baseline(path: str, config: Config, loop: str, workers: int, precision: str) -> float:
+    """Samples per second from Parquet to updated tables, without distmtl's reader and launcher."""
+    overrides = [f"train.precision={precision}", f"train.global_batch_size={workers * config.train.global_batch_size}"]
+    arguments = ["--loop", loop, "--workers", str(workers), "--steps", str(48 // workers)]
+    printed = run([sys.executable, "-m", "benchmarks.baselines", path, *overrides, *arguments])
+    return json.loads(printed.splitlines()[-1])["samples_per_second"]
+
+
+def peers(data: Path) -> dict[str, dict[str, Any]]:
+    """What benchmarks/peers print, with torch's fused Adam, if `make peers` has installed them."""
+    python = Path("build/peers/bin/python")
+    if not python.exists():
+        return {}
+    scripts = (Path(__file__).parent / "peers" / f"{name}.py" for name in ("rechub", "deepctr"))
+    lines = [json.loads(run([str(python), str(script), str(data), "--rows", "65536", "--fused"])) for script in scripts]
+    return {line["peer"]: line for line in lines}
 
 
 def plain_auc(config: Config) -> dict[str, float]:
@@ -173,6 +203,8 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     a = p.parse_args()
+    if not os.environ.keys() >= KEEP_MEMORY.keys():  # glibc reads them as a process starts
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.suite", *sys.argv[1:]], os.environ | KEEP_MEMORY)
     torch.set_num_threads(1)
     began, load = time.time(), os.getloadavg()[0]
     configs = {precision: load_config(a.config, [f"train.precision={precision}"]) for precision in DTYPES}
@@ -196,6 +228,14 @@ def main() -> None:
                     samples.setdefault(name, []).append(result["samples_per_second"])
                     if whole:
                         auc[name] = {t: m["auc"] for t, m in result["metrics"]["validation"].items()}
+            for loop, workers, precision in BASELINES:
+                speed = baseline(a.config, config, loop, workers, precision)
+                name = f"{loop}, {workers} process(es), {precision}, from Parquet"
+                ratios.setdefault(name, []).append(speed / (workers * limit(precision)))
+                samples.setdefault(name, []).append(speed)
+    others = peers(Path(a.config).parent)
+    for name, line in others.items():
+        ratios[f"{name}, {line['rows']:,} rows in memory"] = [line["samples_per_cpu_second"] / limits["fp32"]]
     medians = {name: round(statistics.median(r), 3) for name, r in ratios.items()}
     report = {
         "conditions": {
@@ -214,6 +254,7 @@ def main() -> None:
         "ratios": {name: [round(x, 3) for x in r] for name, r in ratios.items()},
         "samples per second, median": {name: round(statistics.median(s)) for name, s in samples.items()},
         "validation AUC": auc,
+        "peers": others,
     }
     a.out.mkdir(parents=True, exist_ok=True)
     (a.out / "suite.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -20,6 +20,7 @@ from pydantic import (
 Unit = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_\-]*$")]
 Widths = tuple[PositiveInt, ...]
+Precision = Literal["fp32", "bf16"]
 
 
 class Strict(BaseModel):
@@ -202,6 +203,9 @@ class ShardingConfig(Strict):
         1.0, description="Smaller tables are never row-wise: their ids would cost more messages than the memory they spread."
     )
     init_scale: PositiveFloat = Field(0.05, description="Initial table weights are uniform in ±init_scale.")
+    exchange: Precision = Field(
+        "fp32", description="In which pooled vectors and their gradients travel between workers: bf16 halves the bytes, and costs rounding."
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- model, tasks
@@ -380,7 +384,7 @@ class TrainConfig(Strict):
     global_batch_size: PositiveInt = Field(4096, description="Rows of a step over all workers.")
     epochs: PositiveInt = 1
     steps: PositiveInt | None = Field(None, description="Stop after this many steps, even within an epoch.")
-    precision: Literal["fp32", "bf16"] = Field(
+    precision: Precision = Field(
         "fp32", description="Of the head's layers: bf16 runs them under autocast; weights, tables and losses stay float32."
     )
     log_every: PositiveInt = Field(50, description="Steps between progress lines.")

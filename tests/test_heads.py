@@ -159,8 +159,8 @@ def test_a_closed_gate_cuts_other_tasks_off():
 def test_gates_start_uniform_and_mix_keeps_the_rank():
     gate = Gate(WIDTH, 4)
     initialise_dense(torch.nn.ModuleDict({"g": gate}), 0)
-    assert torch.equal(gate(torch.randn(1, WIDTH)), torch.full((1, 4), 0.25))
-    assert mix(gate(torch.randn(1, WIDTH))[:, None], [torch.randn(1, 8)] * 4)[0].shape == (1, 8)
+    assert torch.equal(gate(torch.randn(1, WIDTH)), torch.full((1, 4, 1), 0.25))
+    assert mix(gate(torch.randn(1, WIDTH)), [torch.randn(1, 8)] * 4)[0].shape == (1, 8)
 
 
 def test_an_expert_is_initialised_by_its_own_fan_in():

@@ -33,9 +33,9 @@ def test_linear_relu(reads):
 
 
 def test_mix():
-    gates, experts = normal(B, 2, 3), [normal(B, 4) for _ in range(3)]
+    gates, experts = normal(2, 3, B), [normal(B, 4) for _ in range(3)]
     assert gradcheck(lambda g, *e: tuple(mix(g, e)), (gates, *experts))
-    torch.testing.assert_close(torch.stack(mix(gates, experts), 1), torch.bmm(gates, torch.stack(experts, 1)))
+    torch.testing.assert_close(torch.stack(mix(gates, experts), 1), torch.bmm(gates.permute(2, 0, 1), torch.stack(experts, 1)))
 
 
 def test_side_by_side():

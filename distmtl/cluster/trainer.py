@@ -169,7 +169,7 @@ def _connect(address: str, config: Config, settings: dict[str, Any]) -> None:
                     "and where the cluster wants a token, export RAY_AUTH_MODE=token"
                 ) from e
     cpus = max(os.cpu_count() or 1, config.cluster.workers.max * config.cluster.cpus_per_worker)
-    ray.init(**settings, address="local", num_cpus=cpus)
+    ray.init(**settings, address="local", num_cpus=cpus, include_dashboard=False)
 
 
 def _cluster_here() -> str:

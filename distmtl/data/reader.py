@@ -99,7 +99,7 @@ class Reader:
 
 
 class Windows:
-    """The next window of each of a rank's streams, decoded, checked and laid out in the order of the steps, all at once: a step is a cut."""
+    """The next window of each of a rank's streams, decoded, checked and laid out in the order of the steps: a step is a cut."""
 
     def __init__(self, dataset: Dataset, order: EpochOrder, streams: range, collate: Collator):
         self.order, self.streams, self.collate = order, streams, collate

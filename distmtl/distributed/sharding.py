@@ -7,17 +7,21 @@ import statistics
 import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torchrec
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
 from torchrec.distributed.comm_ops import set_gradient_division
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
@@ -31,6 +35,7 @@ from distmtl.errors import DistmtlError
 
 INIT_ROWS = 65_536  # rows initialised from one seed
 GLOO_BANDWIDTH = 2**30 / 1000  # bytes per ms that a rank sends on CPU, over loopback; with NVLink's, TorchRec's default, all is cut in rows
+UNCHECKED = {"bounds_check_mode": BoundsCheckMode.NONE}  # the reader lets no id out of its table pass; FBGEMM would set it to 0
 SEARCH = 150_000  # shards that one proposer may weigh, at 20 to 50 µs each
 
 
@@ -53,6 +58,14 @@ class PlannedTable:
     optimizer: str
     shards: tuple[tuple[int, int, int], ...]
     mb: float
+
+
+def codecs(config: Config, process: Process) -> dict[str, Any] | None:
+    """How pooled vectors and their gradients are packed for the way to another rank."""
+    if process.world_size == 1 or config.sharding.exchange == "fp32":
+        return None
+    bf16 = QCommsConfig(forward_precision=CommType.BF16, backward_precision=CommType.BF16)
+    return get_qcomm_codecs_registry(bf16, device=torch.device("cuda"))  # which on "cpu" would make it float16, too narrow for gradients
 
 
 def attach_table_optimizers(tables: nn.Module, config: Config, device: torch.device) -> None:
@@ -236,20 +249,32 @@ def shard(model: nn.Module, config: Config, process: Process) -> tuple[Distribut
     attach_table_optimizers(model, config, process.device)
     plan = make_plan(model, config, process)
     planned = list(describe(plan, config))
-    sharded = DistributedModelParallel(
-        model,
-        env=ShardingEnv.from_process_group(dist.group.WORLD),
-        device=process.device,
-        plan=plan,
-        sharders=[Sharder()],
-        init_data_parallel=False,
-    )
+    with undrawn_tables():
+        sharded = DistributedModelParallel(
+            model,
+            env=ShardingEnv.from_process_group(dist.group.WORLD),
+            device=process.device,
+            plan=plan,
+            sharders=[Sharder(UNCHECKED, codecs(config, process))],
+            init_data_parallel=False,
+        )
     missing = {t.table for t in planned if any(rank == process.rank for rank, *_ in t.shards)} - {
         key.rsplit(".", 2)[1] for key in sharded.fused_optimizer.params
     }
     assert not missing, f"tables without their own optimizer: {missing}"
     initialise_tables(sharded, config)
     return sharded, planned
+
+
+@contextmanager
+def undrawn_tables() -> Iterator[None]:
+    """TorchRec draws every table as it makes it, in as much time as `initialise_tables` takes to draw it anew."""
+    draw = BaseBatchedEmbeddingBag.init_parameters
+    BaseBatchedEmbeddingBag.init_parameters = lambda self: None
+    try:
+        yield
+    finally:
+        BaseBatchedEmbeddingBag.init_parameters = draw
 
 
 def describe(plan: ShardingPlan, config: Config) -> Iterator[PlannedTable]:
@@ -328,6 +353,8 @@ def initialise_tables(sharded: DistributedModelParallel, config: Config) -> None
             for block in range(row // INIT_ROWS, (row + tensor.shape[0] - 1) // INIT_ROWS + 1 if tensor.shape[0] else 0):
                 first, last = max(row, block * INIT_ROWS), min(row + tensor.shape[0], (block + 1) * INIT_ROWS)
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{config.run.seed}/{table}/{block}".encode()))
-                drawn = torch.rand(last - block * INIT_ROWS, dims[table], generator=generator)[first - block * INIT_ROWS :]
-                drawn = drawn[:, column : column + tensor.shape[1]].mul_(2).sub_(1).mul_(config.init_scale(table))
-                tensor[first - row : last - row].copy_(drawn)
+                target, whole = tensor[first - row : last - row], tensor.shape[1] == dims[table] and first == block * INIT_ROWS
+                drawn = target if whole and target.device.type == "cpu" else torch.empty(last - block * INIT_ROWS, dims[table])
+                drawn.uniform_(-config.init_scale(table), config.init_scale(table), generator=generator)
+                if drawn is not target:
+                    target.copy_(drawn[first - block * INIT_ROWS :, column : column + tensor.shape[1]])

@@ -26,10 +26,16 @@ def embedding_tables(config: Config) -> EmbeddingBagCollection | None:
             embedding_dim=features[0].dim,
             feature_names=[f.name for f in features],
             pooling=PoolingType.SUM,
+            init_fn=leave,
         )
         for name, features in readers.items()
     ]
     return EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+
+
+def leave(weights: Tensor) -> Tensor:
+    """Not drawn by TorchRec: `initialise_tables` does."""
+    return weights
 
 
 class FeatureVector(nn.Module):

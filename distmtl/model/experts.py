@@ -46,7 +46,7 @@ class Experts(nn.Module):
 class Gate(nn.Linear):
     """Softmax over experts (Ma et al. 2018, eq. 7). Zero weights at start: every expert counts the same.
 
-    forward: (B, in) → (B, E)
+    forward: (B, in) → (1, E, B)
     """
 
     def reset_parameters(self) -> None:
@@ -54,14 +54,14 @@ class Gate(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gates([self], x)[:, 0]
+        return gates([self], x)
 
 
 def gates(several: Iterable[Gate], x: Tensor) -> Tensor:
-    """Gates of one size over one input, as one GEMM: T gates, (B, in) → (B, T, E), float32"""
+    """Gates of one size over one input, as one GEMM: T gates, (B, in) → (T, E, B), float32. Over its last dimension softmax is slow."""
     several = list(several)
     logits = F.linear(x, torch.cat([g.weight for g in several]), torch.cat([g.bias for g in several]))
-    return F.softmax(logits.view(len(x), len(several), -1), dim=2, dtype=torch.float32)
+    return F.softmax(logits.T.reshape(len(several), -1, len(x)), dim=1, dtype=torch.float32)
 
 
 class Output(nn.Linear):

@@ -27,9 +27,9 @@ def linear_relu(xs: Sequence[Tensor], weight: Tensor, bias: Tensor) -> list[Tens
 
 
 def mix(gates: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
-    """Σₑ gates[:, t, e]·expertₑ for every t, accumulated without stacking the experts.
+    """Σₑ gates[t, e]·expertₑ for every t, accumulated without stacking the experts.
 
-    gates (B, T, E), E tensors (B, H) → T tensors (B, H)
+    gates (T, E, B), E tensors (B, H) → T tensors (B, H)
     """
     return list(_Mix.apply(gates.to(experts[0].dtype), *experts))
 
@@ -65,6 +65,13 @@ def _relu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.relu(F.linear(x, weight, bias))
 
 
+def _relu_backward(gradient: Tensor, output: Tensor) -> Tensor:
+    """A bfloat16 is positive where its bits are as an integer, and CPUs compare those faster."""
+    if gradient.dtype == torch.bfloat16:
+        return torch.ops.aten.threshold_backward(gradient.view(torch.int16), output.view(torch.int16), 0).view(torch.bfloat16)
+    return torch.ops.aten.threshold_backward(gradient, output, 0)
+
+
 class _LinearReLU(torch.autograd.Function):
     """Arguments: for every layer the number of its input, weight, bias, the distinct inputs."""
 
@@ -83,7 +90,7 @@ class _LinearReLU(torch.autograd.Function):
         of_inputs: list[Tensor | None] = [None] * len(inputs)
         of_weight, of_bias = torch.empty_like(weight), weight.new_empty(weight.shape[:2])
         for e, (i, gradient, output) in enumerate(zip(ctx.reads, gradients, outputs, strict=True)):
-            g = torch.ops.aten.threshold_backward(gradient, output, 0)
+            g = _relu_backward(gradient, output)
             torch.mm(g.T, inputs[i], out=of_weight[e])
             torch.sum(g, 0, out=of_bias[e])
             if ctx.needs_input_grad[3 + i]:
@@ -123,7 +130,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gates: Tensor, *experts: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(gates, *experts)
-        return tuple(_weighted_sum(gates[:, t], experts) for t in range(gates.shape[1]))
+        return tuple(_weighted_sum(gates[t], experts) for t in range(len(gates)))
 
     @staticmethod
     @once_differentiable
@@ -132,13 +139,13 @@ class _Mix(torch.autograd.Function):
         of_gates = torch.empty_like(gates)
         for e, expert in enumerate(experts):
             for t, gradient in enumerate(gradients):
-                of_gates[:, t, e] = torch.linalg.vecdot(gradient, expert)
-        return of_gates, *(_weighted_sum(gates[:, :, e], gradients) for e in range(len(experts)))
+                of_gates[t, e] = torch.linalg.vecdot(gradient, expert)
+        return of_gates, *(_weighted_sum(gates[:, e], gradients) for e in range(len(experts)))
 
 
 def _weighted_sum(weights: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Σᵢ weights[:, i]·tensorᵢ: (B, N), N tensors (B, H) → (B, H)"""
-    out = weights[:, :1] * tensors[0]
+    """Σᵢ weights[i]·tensorᵢ: (N, B), N tensors (B, H) → (B, H)"""
+    out = weights[0, :, None] * tensors[0]
     for i in range(1, len(tensors)):
-        out.addcmul_(weights[:, i : i + 1], tensors[i])
+        out.addcmul_(weights[i, :, None], tensors[i])
     return out

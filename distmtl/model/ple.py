@@ -29,8 +29,8 @@ class CGC(nn.Module):
         experts = self.experts([x[t] for t in range(self.num_tasks) for _ in range(self.own)] + [x[-1]] * self.shared)
         shared = experts[split:]
         own = (experts[t * self.own : (t + 1) * self.own] for t in range(self.num_tasks))
-        out = [mix(gate(x[t])[:, None], mine + shared)[0] for t, (gate, mine) in enumerate(zip(self.gates, own, strict=True))]
-        return out if self.shared_gate is None else [*out, *mix(self.shared_gate(x[-1])[:, None], experts)]
+        out = [mix(gate(x[t]), mine + shared)[0] for t, (gate, mine) in enumerate(zip(self.gates, own, strict=True))]
+        return out if self.shared_gate is None else [*out, *mix(self.shared_gate(x[-1]), experts)]
 
 
 class PLE(nn.Module):

@@ -53,6 +53,16 @@ def test_sharded_equals_unsharded(tiny_data, tmp_path, sharding, optimizer, worl
     assert still == [], "some parameter never moved"
 
 
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
+def test_vectors_that_travel_in_bf16_differ_by_their_rounding(tiny_data, tmp_path, sharding):
+    exact = config_for(tiny_data, tmp_path / "run", sharding, "sgd")
+    rounded = exact.model_copy(update={"sharding": exact.sharding.model_copy(update={"exchange": "bf16"})})
+    a, b = (run_world(short_run, 2, config)[0] for config in (exact, rounded))
+    assert 0 < (a.losses - b.losses).abs().max() < 1e-3
+    for name, weight in a.after.items():
+        assert (weight - b.after[name]).abs().max() < 1e-2 * weight.abs().max(), name
+
+
 def test_task_losses_by_hand(tiny_data, tmp_path):
     logits, labels = torch.randn(9, 3, dtype=torch.float64), torch.randint(0, 2, (9, 3)).double()
     p = 1 / (1 + (-logits).exp())

@@ -30,5 +30,5 @@ def test_bf16_on_cuda(tmp_path):
 def test_kernels_on_cuda():
     x, w, b = (torch.randn(*s, dtype=torch.float64, device="cuda", requires_grad=True) for s in ((9, 5), (3, 4, 5), (3, 4)))
     assert torch.autograd.gradcheck(lambda x, w, b: tuple(linear_relu([x] * 3, w, b)), (x, w, b))
-    gates, experts = (torch.randn(*s, dtype=torch.float64, device="cuda", requires_grad=True) for s in ((9, 2, 3), (3, 9, 4)))
+    gates, experts = (torch.randn(*s, dtype=torch.float64, device="cuda", requires_grad=True) for s in ((2, 3, 9), (3, 9, 4)))
     assert torch.autograd.gradcheck(lambda g, e: tuple(mix(g, list(e))), (gates, experts))
