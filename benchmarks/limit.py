@@ -13,7 +13,9 @@ exchange    bytes to other workers over the speed of gloo on this machine, of tw
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,6 +30,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
 from distmtl.batch import Batch
+from distmtl.cluster.trainer import KEEP_MEMORY
 from distmtl.config import Config
 from distmtl.config_file import load_config
 from distmtl.data.collate import Collator
@@ -42,6 +45,12 @@ from distmtl.model.multitask import Head
 
 BATCHES = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def keep_memory() -> None:
+    """Begin this program anew with the malloc settings of distmtl's workers, which glibc reads as a process starts."""
+    if not os.environ.keys() >= KEEP_MEMORY.keys():
+        os.execve(sys.executable, sys.orig_argv, os.environ | KEEP_MEMORY)
 
 
 def reader_of(config: Config, path: str | None) -> Reader:
@@ -241,6 +250,7 @@ def main() -> None:
     p.add_argument("config")
     p.add_argument("overrides", nargs="*", metavar="section.key=value")
     a = p.parse_args()
+    keep_memory()
     torch.set_num_threads(1)
     config = load_config(a.config, a.overrides)
     batches = real_batches(config)

@@ -12,7 +12,7 @@ import statistics
 
 import torch
 
-from benchmarks.limit import DTYPES, Gemms, cpu_seconds
+from benchmarks.limit import DTYPES, Gemms, cpu_seconds, keep_memory
 from distmtl.model.mmoe import MMoE
 
 ROWS, WIDTH, EXPERTS, EXPERT, TASKS = 4096, 512, 8, (512, 256), 3
@@ -22,6 +22,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rounds", type=int, default=9)
     a = p.parse_args()
+    keep_memory()
     torch.set_num_threads(1)
     for name, dtype in DTYPES.items():
         shapes = [(WIDTH, EXPERT[0])] * EXPERTS + [EXPERT] * EXPERTS + [(WIDTH, TASKS * EXPERTS)]

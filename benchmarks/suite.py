@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.limit import DTYPES, Limit, cpu_seconds, reader_of, real_batches
+from benchmarks.limit import DTYPES, Limit, cpu_seconds, keep_memory, reader_of, real_batches
 from benchmarks.loops import InMemory, PyTorch, TorchRec
 from distmtl.batch import Batch
 from distmtl.cluster.trainer import KEEP_MEMORY
@@ -148,10 +148,10 @@ def run(command: list[str]) -> str:
 
 
 def end_to_end(path: str, config: Config, workers: int, precision: str, folder: Path, steps: int | None) -> dict[str, Any]:
-    """`distmtl train` from Parquet to updated tables, under Ray; result.json. `steps`: of one worker; None: an epoch."""
+    """`distmtl train` from Parquet to updated tables, under Ray; result.json. `steps`: of one worker, not evaluated; None: an epoch."""
     batch = workers * config.train.global_batch_size
     overrides = [f"train.precision={precision}", f"train.global_batch_size={batch}", f"run.dir={folder}", "train.log_every=10"]
-    overrides += [f"train.steps={steps // workers}"] if steps else []
+    overrides += [f"train.steps={steps // workers}", "data.validation=null", "data.test=null"] if steps else []
     run([sys.executable, "-m", "distmtl", "train", path, *overrides, "--workers", str(workers)])
     return json.loads((folder / "result.json").read_text())
 
@@ -163,19 +163,19 @@ BASELINES += [("textbook", 1, "fp32"), ("textbook", 2, "fp32"), ("pytorch", 1, "
 def baseline(path: str, config: Config, loop: str, workers: int, precision: str) -> float:
     """Samples per second from Parquet to updated tables, without distmtl's reader and launcher."""
     overrides = [f"train.precision={precision}", f"train.global_batch_size={workers * config.train.global_batch_size}"]
-    arguments = ["--loop", loop, "--workers", str(workers), "--steps", str(48 // workers)]
+    arguments = ["--loop", loop, "--workers", str(workers), "--steps", str(32 // workers)]
     printed = run([sys.executable, "-m", "benchmarks.baselines", path, *overrides, *arguments])
     return json.loads(printed.splitlines()[-1])["samples_per_second"]
 
 
 def peers(data: Path) -> dict[str, dict[str, Any]]:
-    """What benchmarks/peers print, with torch's fused Adam, if `make peers` has installed them."""
-    python = Path("build/peers/bin/python")
+    """What benchmarks/peers print, with their default Adam and with torch's fused one, if `make peers` has installed them."""
+    python, folder = Path("build/peers/bin/python"), Path(__file__).parent / "peers"
     if not python.exists():
         return {}
-    scripts = (Path(__file__).parent / "peers" / f"{name}.py" for name in ("rechub", "deepctr"))
-    lines = [json.loads(run([str(python), str(script), str(data), "--rows", "65536", "--fused"])) for script in scripts]
-    return {line["peer"]: line for line in lines}
+    commands = [[str(python), str(folder / f"{name}.py"), str(data), "--rows", "65536"] for name in ("rechub", "deepctr")]
+    lines = [json.loads(run([*command, *fused])) for command in commands for fused in ([], ["--fused"])]
+    return {f"{line['peer']}, {line['adam']} Adam": line for line in lines}
 
 
 def plain_auc(config: Config) -> dict[str, float]:
@@ -203,8 +203,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     a = p.parse_args()
-    if not os.environ.keys() >= KEEP_MEMORY.keys():  # glibc reads them as a process starts
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.suite", *sys.argv[1:]], os.environ | KEEP_MEMORY)
+    keep_memory()
     torch.set_num_threads(1)
     began, load = time.time(), os.getloadavg()[0]
     configs = {precision: load_config(a.config, [f"train.precision={precision}"]) for precision in DTYPES}

@@ -460,6 +460,7 @@ def train_reader(config: Config, dataset: Dataset, process: Process) -> Reader:
         rank=process.rank,
         world_size=process.world_size,
         prefetch=config.data.prefetch,
+        pin=process.device.type == "cuda",
     )
 
 

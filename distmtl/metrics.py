@@ -64,7 +64,8 @@ class Accumulator:
         self.sums = torch.zeros(len(self.tasks), len(SUMS), dtype=torch.float64)
         # Negative and positive mass of the logits, then of the oracle's: 2 MiB a task.
         self.histograms = np.zeros((len(self.tasks), 4, 0 if self.exact else BINS))
-        self.rows: list[list[np.ndarray]] = [[] for _ in self.tasks]  # of dtype ROW: 24 bytes a row and task
+        # Of dtype ROW: 24 bytes a row and task, three times that while one task is ranked.
+        self.rows: list[list[np.ndarray]] = [[] for _ in self.tasks]
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor, groups: Tensor | None, oracle: Tensor | None) -> None:
         """Add a batch: logits, labels, weights, oracle (B, T); groups (B,). oracle is NaN where a task has none. Copies to the CPU."""

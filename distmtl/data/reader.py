@@ -30,6 +30,7 @@ class Reader:
     Args:
         global_batch_size: rows of a step over all ranks; a multiple of num_streams.
         seed: orders the rows; None reads them in the order of the files.
+        pin: into memory that a CUDA device copies from while it computes.
     """
 
     dataset: Dataset
@@ -41,6 +42,7 @@ class Reader:
     rank: int
     world_size: int
     prefetch: int
+    pin: bool = False
 
     @property
     def rows_per_step(self) -> int:
@@ -62,7 +64,7 @@ class Reader:
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Batches of the global steps first … last-1. A failing read gives a batch of padding that says why, and ends them."""
-        source = self._batches(first, last)
+        source = map(Batch.pin_memory, self._batches(first, last)) if self.pin else self._batches(first, last)
         with ThreadPoolExecutor(1, thread_name_prefix="distmtl-reader") as pool:
             ahead = [pool.submit(next, source, None) for _ in range(self.prefetch + 1)]
             while (batch := ahead.pop(0).result()) is not None:
