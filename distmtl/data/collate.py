@@ -45,8 +45,8 @@ class Collator:
             DistmtlError: a value that must not be trained, with its column and place.
         """
         n, tasks = table.num_rows, len(self.config.tasks)
-        columns = {name: _whole(table[name]) for name in (*self.columns, ROW)}
-        numbers = columns[ROW].to_numpy()
+        column = lambda name: _whole(table[name])  # noqa: E731  # not all at once: it copies
+        numbers = column(ROW).to_numpy()
         at = lambda i: self.locate(int(numbers[i]))  # noqa: E731
 
         def permuted(values: np.ndarray) -> np.ndarray:
@@ -63,7 +63,7 @@ class Collator:
         bags: dict[int, Bag] = {}
         single, replaced = np.empty((len(self.keys), n), dtype=np.int64), np.zeros(n, dtype=np.int64)
         for f, feature in enumerate(self.config.embedded):
-            ids, lengths, outside = _embedded(columns[feature.source], feature, at)
+            ids, lengths, outside = _embedded(column(feature.source), feature, at)
             if lengths is None:
                 put(ids, single[f - len(bags)])
             else:
@@ -72,29 +72,29 @@ class Collator:
                 replaced += permuted(outside)
         dense, start = np.empty((n, self.dense_width), dtype=np.float32), 0
         for number in self.config.dense:
-            put(_dense(columns[number.source], number, at), dense[:, start : start + number.width])
+            put(_dense(column(number.source), number, at), dense[:, start : start + number.width])
             start += number.width
 
         labels, weights = np.empty((n, tasks), dtype=np.float32), np.empty((n, tasks), dtype=np.float32)
-        weight = _weight(columns[self.config.data.weight], self.config.data.weight, at) if self.config.data.weight else np.float32(1)
+        weight = _weight(column(self.config.data.weight), self.config.data.weight, at) if self.config.data.weight else np.float32(1)
         for t, task in enumerate(self.config.tasks):
-            label, known = _label(columns[task.column], task.column, isinstance(task, BinaryTask), at)
+            label, known = _label(column(task.column), task.column, isinstance(task, BinaryTask), at)
             put(label, labels[:, t])
             put(known * weight, weights[:, t])
         single = single[: len(self.keys) - len(bags)]
-        groups, oracle = (None if a is None else permuted(a) for a in (self._groups(columns), self._oracle(columns, n)))
+        groups, oracle = (None if a is None else permuted(a) for a in (self._groups(column), self._oracle(column, n)))
         return Rows(single, bags, dense, labels, weights, permuted(numbers), replaced, groups, oracle)
 
     def mistakes(self, table: pa.Table) -> list[str]:
         """What `__call__` would refuse, every column's first mistake instead of the first column's."""
-        columns = {name: _whole(table[name]) for name in (*self.columns, ROW)}
-        numbers = columns[ROW].to_numpy()
+        column = lambda name: _whole(table[name])  # noqa: E731  # not all at once: it copies
+        numbers = column(ROW).to_numpy()
         at = lambda i: self.locate(int(numbers[i]))  # noqa: E731
-        checks: list[Callable[[], object]] = [lambda f=f: _embedded(columns[f.source], f, at) for f in self.config.embedded]  # type: ignore[misc]
-        checks += [lambda f=f: _dense(columns[f.source], f, at) for f in self.config.dense]  # type: ignore[misc]
-        checks += [lambda t=t: _label(columns[t.column], t.column, isinstance(t, BinaryTask), at) for t in self.config.tasks]  # type: ignore[misc]
+        checks: list[Callable[[], object]] = [lambda f=f: _embedded(column(f.source), f, at) for f in self.config.embedded]  # type: ignore[misc]
+        checks += [lambda f=f: _dense(column(f.source), f, at) for f in self.config.dense]  # type: ignore[misc]
+        checks += [lambda t=t: _label(column(t.column), t.column, isinstance(t, BinaryTask), at) for t in self.config.tasks]  # type: ignore[misc]
         if self.config.data.weight:
-            checks.append(lambda: _weight(columns[self.config.data.weight or ""], self.config.data.weight or "", at))
+            checks.append(lambda: _weight(column(self.config.data.weight or ""), self.config.data.weight or "", at))
         out = []
         for check in checks:
             try:
@@ -111,23 +111,23 @@ class Collator:
         single = np.zeros((len(self.keys), 0), dtype=np.int64)
         return Rows(single, {}, no(self.dense_width), no(tasks), no(tasks), none, none, groups, oracle)
 
-    def _groups(self, columns: dict[str, pa.Array]) -> np.ndarray | None:
+    def _groups(self, column: Callable[[str], pa.Array]) -> np.ndarray | None:
         if not self.config.data.group:
             return None
-        column = columns[self.config.data.group]
-        if is_string(column.type):
-            out = hash_strings(column.fill_null(""))
+        values = column(self.config.data.group)
+        if is_string(values.type):
+            out = hash_strings(values.fill_null(""))
         else:
-            out = column.cast(pa.int64(), safe=False).fill_null(0).to_numpy(zero_copy_only=False)
-        return np.where(column.is_null().to_numpy(zero_copy_only=False), NO_GROUP, out) if column.null_count else out
+            out = values.cast(pa.int64(), safe=False).fill_null(0).to_numpy(zero_copy_only=False)
+        return np.where(values.is_null().to_numpy(zero_copy_only=False), NO_GROUP, out) if values.null_count else out
 
-    def _oracle(self, columns: dict[str, pa.Array], n: int) -> np.ndarray | None:
+    def _oracle(self, column: Callable[[str], pa.Array], n: int) -> np.ndarray | None:
         if not self.oracles:
             return None
         out = np.full((n, len(self.oracles)), np.nan, dtype=np.float32)
         for t, name in enumerate(self.oracles):
             if name:
-                out[:, t] = columns[name].to_numpy(zero_copy_only=False)
+                out[:, t] = column(name).to_numpy(zero_copy_only=False)
         return out
 
 

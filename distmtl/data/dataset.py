@@ -78,7 +78,7 @@ class Dataset:
         filesystem, _ = filesystem_of(self.path)
         path = self.parts[part].path
         if isinstance(filesystem, fs.LocalFileSystem):
-            return pq.ParquetFile(path, memory_map=True)
+            return pq.ParquetFile(path)  # not mapped: its pages would count as this process's memory
         return pq.ParquetFile(path, filesystem=filesystem, buffer_size=1 << 20)
 
 
