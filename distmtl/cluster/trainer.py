@@ -34,12 +34,14 @@ from distmtl.storage import absolute, is_remote, place
 
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 # glibc gives the memory of a step's large tensors back to the system, and the next step pays a page fault for every 4 kB of them: a fifth
-# of its time on CPU. One arena, since the others give back whatever these say (mallopt(3)). launch/torchrun.sh sets the same.
+# of its time on CPU. One arena, since the others give back whatever these say (mallopt(3)); and Arrow's own allocator gives back too.
+# launch/torchrun.sh sets the same.
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**28),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_TOP_PAD_": str(2**26),
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
 
 
