@@ -44,7 +44,7 @@ bench-sizes: data/wide/mmoe.yaml ## curves over sizes with plots, peak memory, b
 	@$(PIP_INSTALL) matplotlib
 	@$(BIN)/python -m benchmarks.curves
 	@$(BIN)/python -m benchmarks.memory
-	@$(BIN)/python -m benchmarks.traffic
+	@$(BIN)/python -m benchmarks.traffic data/wide/mmoe.yaml
 
 peers: | install ## torch-rechub and deepctr-torch in build/peers, for `make bench`
 	@$(BIN)/python -m venv build/peers

@@ -34,7 +34,8 @@ fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # As distmtl/cluster/trainer.py: a step's large tensors stay with the process instead of costing page faults anew in every step.
-export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=$((1 << 28)) MALLOC_TRIM_THRESHOLD_=$((1 << 30)) MALLOC_TOP_PAD_=$((1 << 26))
-export ARROW_DEFAULT_MEMORY_POOL=system
+export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1} MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-$((1 << 28))}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-$((1 << 30))} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-$((1 << 26))}
+export ARROW_DEFAULT_MEMORY_POOL=${ARROW_DEFAULT_MEMORY_POOL:-system}
 exec python -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$workers" "${rendezvous[@]}" \
   --max-restarts "${MAX_RESTARTS:-3}" --shutdown-timeout "${SHUTDOWN_S:-120}" -m distmtl train "$@"

@@ -182,7 +182,7 @@ def _cluster_here() -> str:
     except ConnectionError:
         return "local"
     host, _, port = address.rpartition(":")
-    return address if answers(host, int(port)) else "local"
+    return address if answers(host.strip("[]"), int(port)) else "local"
 
 
 def _use_gpu(cluster: ClusterConfig) -> bool:
