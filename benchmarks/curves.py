@@ -42,7 +42,6 @@ from distmtl.distributed import sharding
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import Process, process_group
 from distmtl.loop import make_pipeline
-from distmtl.model.embeddings import FeatureVector
 from distmtl.model.multitask import TrainModel, initialise_dense
 from distmtl.optim import Optimizers
 from distmtl.versions import git_commit, versions
@@ -111,7 +110,7 @@ def training(size: Size, kinds: list[str], rounds: int) -> dict[str, Point]:
     with process_group(config) as process:
         batches = [size.make_batch(size.ids("zipf", rng)[0])]
         ours, tables = our_loop(config, process), RawTables(config, batches)
-        gemm = Gemms(products(config, FeatureVector(config).width), size.batch, torch.float32)
+        gemm = Gemms(products(config), size.batch, torch.float32)
         ours(batches)
         steps = min(max(round(SECONDS / cpu_seconds(lambda: ours(batches))), 1), 64)
         for kind in kinds:

@@ -39,9 +39,9 @@ from distmtl.data.reader import Reader
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import Process
 from distmtl.loop import train_reader
-from distmtl.model.embeddings import FeatureVector
 from distmtl.model.experts import Experts, Gate
-from distmtl.model.multitask import Head
+from distmtl.model.head import Head
+from distmtl.model.layout import Layout
 
 BATCHES = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,9 +63,9 @@ def real_batches(config: Config, count: int = BATCHES) -> list[Batch]:
     return list(reader_of(config, config.data.train).batches(0, count))
 
 
-def products(config: Config, width: int) -> list[tuple[int, int]]:
+def products(config: Config) -> list[tuple[int, int]]:
     """(in, out) of every matrix product of the head; the gates are one."""
-    head, shapes, gates = Head(config, width), [], {}
+    head, shapes, gates = Head(config, Layout.of(config)), [], {}
     for module in head.modules():
         if isinstance(module, Experts):
             shapes += [(w.shape[2], w.shape[1]) for w in module.weights for _ in range(w.shape[0])]
@@ -205,11 +205,10 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 def pieces(config: Config, batches: list[Batch]) -> dict[str, tuple[Callable[[], object], int]]:
     """Name → work, rows of it."""
     batch, dataset = config.train.global_batch_size, open_dataset(config.data.train)
-    width = FeatureVector(config).width
     columns = Collator(config).columns
     rows = min(dataset.rows, 16 * batch)
     out: dict[str, tuple[Callable[[], object], int]] = {
-        f"gemm {name}": (Gemms(products(config, width), batch, dtype), batch) for name, dtype in DTYPES.items()
+        f"gemm {name}": (Gemms(products(config), batch, dtype), batch) for name, dtype in DTYPES.items()
     }
     return out | {
         "embeddings": (RawTables(config, batches), batch),
@@ -257,7 +256,7 @@ def main() -> None:
     limit = Limit(config, batches)
     for name in limit.work:
         print(f"{name:16}{limit.speed(name):>14,.0f} samples/s")
-    dense = sum(p.numel() for p in Head(config, FeatureVector(config).width).parameters())
+    dense = sum(p.numel() for p in Head(config, Layout.of(config)).parameters())
     sizes = exchange_bytes(config, batches[0], dense)
     text = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
     rate = 2 * config.train.global_batch_size / exchange_seconds(sizes)

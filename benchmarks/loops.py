@@ -25,9 +25,11 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from benchmarks.limit import RawTables
 from distmtl.batch import Batch
 from distmtl.config import Config, MMoEConfig
-from distmtl.model.embeddings import FeatureVector, embedding_tables
+from distmtl.model.embeddings import embedding_tables
+from distmtl.model.head import Head
 from distmtl.model.kernels import Run, side_by_side
-from distmtl.model.multitask import Head, initialise_dense
+from distmtl.model.layout import Features, Layout
+from distmtl.model.multitask import initialise_dense
 
 
 class TextbookHead(nn.Module):
@@ -47,7 +49,8 @@ class TextbookHead(nn.Module):
         self.towers = nn.ModuleList(nn.Sequential(mlp(model.expert[-1], t.tower), nn.Linear(t.tower[-1], 1)) for t in config.tasks)
         self.bf16 = config.train.precision == "bf16"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, features: Features) -> Tensor:
+        x = features.x
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             experts = torch.stack([expert(x) for expert in self.experts], dim=1)
             mixed = [(F.softmax(gate(x), dim=1).unsqueeze(2) * experts).sum(1) for gate in self.gates]
@@ -61,7 +64,7 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
 class InMemory:
     def __init__(self, config: Config, batches: list[Batch]):
         self.tables = RawTables(config, batches).tbe
-        self.head = Head(config, FeatureVector(config).width)
+        self.head = Head(config, Layout.of(config))
         initialise_dense(self.head, config.run.seed)
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=1e-3, fused=True)
 
@@ -71,8 +74,8 @@ class InMemory:
 
     def _step(self, batch: Batch) -> None:
         pooled = self.tables(batch.sparse.values(), batch.sparse.offsets().long())
-        x = side_by_side(pooled, [Run(0, pooled.shape[1])], None, batch.dense, torch.bfloat16 if self.head.bf16 else None)
-        loss = loss_of(self.head(x), batch.labels)
+        vectors = side_by_side(pooled, [[Run(0, pooled.shape[1])]], None, batch.dense, torch.bfloat16 if self.head.bf16 else None)
+        loss = loss_of(self.head(Features(vectors)), batch.labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -87,11 +90,11 @@ class TorchRec:
 
         def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
             pooled = self.tables(batch.sparse).to_dict()
-            loss = loss_of(self.head(torch.cat([*(pooled[k] for k in self.keys), batch.dense], dim=1)), batch.labels)
+            loss = loss_of(self.head(Features((torch.cat([*(pooled[k] for k in self.keys), batch.dense], dim=1),))), batch.labels)
             return loss, loss.detach()
 
     def __init__(self, config: Config, tuned: bool):
-        head = Head(config, FeatureVector(config).width) if tuned else TextbookHead(config, FeatureVector(config).width)
+        head = Head(config, Layout.of(config)) if tuned else TextbookHead(config, Layout.of(config).width)
         model = self.Model(config, head)
         for table in model.tables.embedding_bags.values():
             apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, [table.weight], {"lr": 0.05})
@@ -120,14 +123,14 @@ class PyTorch:
         sizes = {f.table_name: (f.rows, f.dim) for f in config.embedded}
         self.tables = nn.ModuleDict({k: nn.EmbeddingBag(*size, mode="sum", sparse=True) for k, size in sizes.items()})
         self.features = [(f.name, f.table_name) for f in config.embedded]
-        self.head = TextbookHead(config, FeatureVector(config).width)
+        self.head = TextbookHead(config, Layout.of(config).width)
         self.sparse = torch.optim.Adagrad(self.tables.parameters(), lr=0.05)
         self.dense = torch.optim.Adam(self.head.parameters(), lr=1e-3)
 
     def logits(self, batch: Batch) -> Tensor:
         jagged = batch.sparse.to_dict()
         pooled = [self.tables[table](jagged[name].values(), jagged[name].offsets()[:-1].long()) for name, table in self.features]
-        return self.head(torch.cat([*pooled, batch.dense], dim=1))
+        return self.head(Features((torch.cat([*pooled, batch.dense], dim=1),)))
 
     def train(self, batches: Iterable[Batch]) -> None:
         for batch in batches:

@@ -276,13 +276,13 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizers: Any) -> None:
     Raises:
         DistmtlError: it cannot be read, or holds another model; on all ranks.
     """
-    saved = _load(checkpoint, table_state(model, optimizers), optimizers.parameters)
+    saved = _load(checkpoint, table_state(model, optimizers), dense_tensors(model))
     optimizers.load_dense_state(saved["optimizer"])
 
 
-def load_weights(checkpoint: Checkpoint, model: nn.Module, dense: dict[str, nn.Parameter]) -> None:
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Fill a built model that will not be trained."""
-    _load(checkpoint, table_state(model), dense)
+    _load(checkpoint, table_state(model), dense_tensors(model))
 
 
 @dataclass(frozen=True)
@@ -297,9 +297,7 @@ class Changes:
     former: Callable[[str, torch.Size], tuple[str, str]] = lambda name, shape: (name, "")
 
 
-def load_matching(
-    checkpoint: Checkpoint, model: nn.Module, dense: dict[str, nn.Parameter], optimizers: Any | None, changes: Changes
-) -> list[str]:
+def load_matching(checkpoint: Checkpoint, model: nn.Module, optimizers: Any | None, changes: Changes) -> list[str]:
     """Fill what the checkpoint has: tables of the same name and width, of no fewer rows now; dense parameters of the same role
     and shape. The rest keeps its initial values. Without `optimizers`, weights alone.
 
@@ -312,6 +310,7 @@ def load_matching(
     left = {table_of(n) for n in saved} - {table_of(n) for n in state}
     notes += [f"table {t} of the checkpoint is left behind: the config has none of that name" for t in sorted(left)]
     blob = _read_state(checkpoint, matching)
+    dense = dense_tensors(model)
     former = {name: changes.former(name, p.shape) for name, p in dense.items()}
     loaded: dict[str, str] = {}  # name → its name in the checkpoint
     with torch.no_grad():
@@ -390,7 +389,7 @@ def _crc32(path: Path) -> int:
     return number
 
 
-def _load(checkpoint: Checkpoint, sharded: dict[str, Any], dense: dict[str, nn.Parameter]) -> dict[str, Any]:
+def _load(checkpoint: Checkpoint, sharded: dict[str, Any], dense: dict[str, torch.Tensor]) -> dict[str, Any]:
     verify(checkpoint)
     saved = _read_state(checkpoint, sharded)
     if differing := sorted(saved["parameters"].keys() ^ dense.keys()):
@@ -426,15 +425,20 @@ def table_state(model: nn.Module, optimizers: Any | None = None) -> dict[str, An
     return state | {f"tables_optimizer/{name}/{key}": value for name, values in fused.items() for key, value in values.items()}
 
 
+def dense_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds beside the tables: dense parameters, and buffers such as running means; equal on all ranks."""
+    return {name: value for name, value in model.state_dict().items() if not hasattr(value, "local_shards")}
+
+
 def table_of(name: str) -> str:
     """The table that an entry of `table_state` belongs to: …embedding_bags.TABLE.weight…"""
     return name.split(".weight", 1)[0].rsplit(".", 1)[-1]
 
 
-def dense_state(optimizers: Any) -> io.BytesIO:
+def dense_state(model: nn.Module, optimizers: Any) -> io.BytesIO:
     """What is the same on every rank, as one blob."""
     blob = io.BytesIO()
-    torch.save({"parameters": {n: p.detach() for n, p in optimizers.parameters.items()}, "optimizer": optimizers.dense_state()}, blob)
+    torch.save({"parameters": {n: t.detach() for n, t in dense_tensors(model).items()}, "optimizer": optimizers.dense_state()}, blob)
     return blob
 
 

@@ -15,12 +15,13 @@ from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.data.reader import Reader
 from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
-from distmtl.distributed.sharding import dense_parameters, shard
+from distmtl.distributed.sharding import shard
 from distmtl.errors import DistmtlError
 from distmtl.metrics import Accumulator
-from distmtl.model.loss import task_losses
+from distmtl.model.loss import Terms
 from distmtl.model.multitask import MultiTaskModel
 from distmtl.run_directory import checkpoint_config, find_checkpoint
+from distmtl.scores import Scores
 
 
 def evaluate(path: str, data: str | None = None, split: str | None = None) -> dict[str, dict[str, dict[str, Any]]]:
@@ -43,8 +44,8 @@ def evaluate(path: str, data: str | None = None, split: str | None = None) -> di
     with process_group(config) as process:
         dataset = on_first_rank(process, lambda: _checked(where, config, None if data else name))
         model = MultiTaskModel(config, process.device)
-        sharded, planned = shard(nn.ModuleDict({"model": model}), config, process)
-        checkpoint.load_weights(found, sharded, dense_parameters(sharded, planned))
+        sharded, _ = shard(nn.ModuleDict({"model": model}), config, process)
+        checkpoint.load_weights(found, sharded)
         return {name: evaluate_split(model, dataset, config, process)[1]}
 
 
@@ -58,15 +59,16 @@ def evaluate_split(model: nn.Module, dataset: Dataset, config: Config, process: 
     """The joint loss and every task's metrics; all ranks call it and get the same. Changes nothing in the model.
 
     Args:
-        model: Batch → logits, sharded or not.
+        model: Batch → outputs, sharded or not.
 
     Raises:
         DistmtlError: a row that cannot be read, on whatever rank.
     """
     streams = config.data.num_streams
+    collate = Collator(config, oracle=dataset.columns, locate=dataset.locate)
     reader = Reader(
         dataset,
-        Collator(config, oracle=dataset.columns, locate=dataset.locate),
+        collate,
         global_batch_size=max(config.evaluation.batch_size // streams, 1) * streams,
         num_streams=streams,
         window=config.data.shuffle_window,
@@ -75,10 +77,11 @@ def evaluate_split(model: nn.Module, dataset: Dataset, config: Config, process: 
         world_size=process.world_size,
         prefetch=config.data.prefetch,
     )
+    terms, scores = Terms(config), Scores(config, collate.oracles)
     metrics = Accumulator(
-        config.tasks, total_rows=dataset.rows, exact_rows=config.evaluation.exact_rows, grouped=config.data.group is not None
+        scores.columns, total_rows=dataset.rows, exact_rows=config.evaluation.exact_rows, grouped=config.data.group is not None
     )
-    sums = torch.zeros(2, len(config.tasks), dtype=torch.float64)
+    sums = torch.zeros(2, len(terms.names), dtype=torch.float64)
     error = None
     was_training = model.training
     model.eval()
@@ -86,11 +89,10 @@ def evaluate_split(model: nn.Module, dataset: Dataset, config: Config, process: 
         for batch in reader.batches(0, reader.steps_per_epoch):
             error = error or batch.error
             batch = batch.to(process.device)
-            logits = model(batch)
-            losses = task_losses(logits, batch.labels, config.tasks)
-            known = batch.weights > 0
-            sums += torch.stack([(torch.where(known, losses, 0.0) * batch.weights).sum(0), batch.weights.sum(0)]).double().cpu()
-            metrics.update(logits, batch.labels, batch.weights, batch.groups, batch.oracle)
+            outputs = model(batch)
+            errors, weights = terms(outputs, batch)
+            sums += torch.stack([(errors * weights).sum(0), weights.sum(0)]).double().cpu()
+            metrics.update(scores(outputs, batch), batch.groups)
             if _anyone(batch.error is not None, process):
                 break
     model.train(was_training)
@@ -100,7 +102,7 @@ def evaluate_split(model: nn.Module, dataset: Dataset, config: Config, process: 
         sums = sums.to(process.device)
         dist.all_reduce(sums)
     means = (sums[0] / sums[1].clamp(min=1e-30)).cpu()
-    loss = float((means * torch.tensor([t.weight for t in config.tasks])).sum())
+    loss = float((means * torch.tensor(terms.coefficients)).sum())
     return loss, metrics.compute()
 
 

@@ -135,7 +135,7 @@ class Training:
         self.restarts = 0
         self.asked: Request | None = None  # what the run was last asked to do
         self.look_at = 0  # step at which to look for such a request
-        self.meter = Meter(len(config.tasks), process.device)
+        self.meter = Meter(len(self.train_model.loss.terms.names), process.device)
         self.measured: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}  # metrics of the step just evaluated
 
     def start(self, found: checkpoint.Checkpoint | None, notes: list[str], policy: ResumePolicy = "strict") -> None:
@@ -144,13 +144,11 @@ class Training:
         changed = found is not None and policy == "matching" and not same_model(self.config, found)
         if found and changed:
             optimizers = self.optimizers if own else None
-            notes = notes + checkpoint.load_matching(
-                found, self.model, self.optimizers.parameters, optimizers, changes(self.config, found, self.splits["train"])
-            )
+            notes = notes + checkpoint.load_matching(found, self.model, optimizers, changes(self.config, found, self.splits["train"]))
         elif found and own:
             found = self._load_newest(found, notes)
         elif found:
-            checkpoint.load_weights(found, self.model, self.optimizers.parameters)
+            checkpoint.load_weights(found, self.model)
         if found and own:
             self.state = LoopState(**found.manifest["loop"])
             if self.state.monitor != self.config.train.monitor or changed:  # the best so far was another kind of best
@@ -196,7 +194,7 @@ class Training:
     def train(self) -> None:
         config, state, last = self.config.train, self.state, self.total_steps
         eval_every = config.eval_every or self.reader.steps_per_epoch
-        self.meter = Meter(len(self.config.tasks), self.process.device)  # model building and loading are no training time
+        self.meter = Meter(len(self.train_model.loss.terms.names), self.process.device)  # model building and loading are no training time
         batches = self.meter.timed(self.reader.batches(state.step, last))
         self.model.train()
         with self._profiler() as profiler:
@@ -305,7 +303,7 @@ class Training:
             return
         if numbers.failed > 0:
             raise DistmtlError("\n".join(gather_texts(self.process, numbers.error)))
-        tasks = [t.name for t, n in zip(self.config.tasks, numbers.non_finite.tolist(), strict=True) if n]
+        tasks = [name for name, n in zip(self.train_model.loss.terms.names, numbers.non_finite.tolist(), strict=True) if n]
         rows = numbers.bad_rows[numbers.bad_rows >= 0][:3].tolist()
         places = gather_texts(self.process, "; ".join(self.splits["train"].locate(r) for r in rows) or None)
         what = f"step {self.state.step}: the loss of {', '.join(tasks)} is not finite, at {'; '.join(places[:3])}"
@@ -325,7 +323,8 @@ class Training:
 
     def _log(self) -> None:
         state, meter = self.state, self.meter
-        losses = dict(zip((t.name for t in self.config.tasks), meter.mean_losses(), strict=True))
+        terms = self.train_model.loss.terms
+        losses = dict(zip(terms.names, meter.mean_losses(), strict=True))
         speed = meter.samples_per_second()
         self.progress.say(
             "train",
@@ -333,7 +332,7 @@ class Training:
             of=self.total_steps,
             epoch=(state.step - 1) // self.reader.steps_per_epoch + 1,
             rows=state.rows,
-            loss=sum(t.weight * losses[t.name] for t in self.config.tasks),
+            loss=sum(c * losses[name] for name, c in zip(terms.names, terms.coefficients, strict=True)),
             losses=losses,
             samples_per_second=speed,
             data_wait=meter.data_wait(),
@@ -472,8 +471,8 @@ def _count_starts(log: Path | None) -> int:
 class Meter:
     """Losses, rows and seconds since the last log line, and the steady speed of the attempt."""
 
-    def __init__(self, num_tasks: int, device: torch.device):
-        self.sums = torch.zeros(2, num_tasks, dtype=torch.float64, device=device)
+    def __init__(self, terms: int, device: torch.device):
+        self.sums = torch.zeros(2, terms, dtype=torch.float64, device=device)
         self.all, self.steady, self.intervals = [0, 0.0], [0, 0.0], 0  # rows, seconds
         self.replaced_ids = 0
         self.last = time.monotonic()

@@ -1,13 +1,14 @@
 """Per-task metrics of logits over every rank's rows: exact up to a number of rows, then from a histogram with a bound.
 
-    accumulator = Accumulator(config.tasks, total_rows=n, exact_rows=config.evaluation.exact_rows, grouped=True)
+    scores = Scores(config, oracle=[])
+    accumulator = Accumulator(scores.columns, total_rows=n, exact_rows=config.evaluation.exact_rows, grouped=True)
     for batch in batches:
-        accumulator.update(logits, batch.labels, batch.weights, batch.groups, batch.oracle)
+        accumulator.update(scores(outputs, batch), batch.groups)
     metrics = accumulator.compute()  # {"click": {"auc": 0.71, "logloss": 0.21, …}}, the same on every rank
 
 Everything is weighted; rows of weight 0 (masked labels, padding) count for nothing, whatever their other values. What is
 undefined (AUC of one class, anything of no rows, scores that are NaN) is None, so the result is valid JSON. With w the
-weights, y the labels, p the predictions (sigmoid of the logit; the logit itself in regression):
+weights, y the labels, p the predictions (sigmoid of a binary column's score; any other score itself):
 
     auc                Σ over pairs of a positive and a negative of w⁺w⁻·[1 if ranked right, ½ if tied] / Σ w⁺w⁻
     gauc               Σ_g n_g·AUC_g / Σ_g n_g over the groups with both classes, n_g = Σ_{i∈g} w (Zhou et al. 2018, DIN)
@@ -18,6 +19,10 @@ weights, y the labels, p the predictions (sigmoid of the logit; the logit itself
     rmse, mae          √(Σ w(p - y)² / Σ w), Σ w|p - y| / Σ w
     rows, positives    counts of rows with w > 0, and of those with y > ½
     best_possible_auc  auc of the true probabilities, where the data set knows them
+    accuracy           share of rows whose class or level is the predicted one
+
+joint_… are those of a task and all before it on all impressions, entire_… those against the true probabilities had all before it
+happened: y there is that probability, and a row counts y as a positive and 1 - y as a negative.
 """
 
 from __future__ import annotations
@@ -32,20 +37,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distmtl.batch import NO_GROUP
-from distmtl.config import BinaryTask, TaskConfig
 from distmtl.errors import DistmtlError
+from distmtl.scores import Column, Scored
 
 Values = dict[str, float | int | None]  # metric → value
 Metrics = dict[str, Values]  # task → metric → value
 
-HIGHER_IS_BETTER = ("auc", "gauc", "pr_auc")
+HIGHER_IS_BETTER = ("auc", "gauc", "pr_auc", "accuracy")
+OF_ENTIRE = ("auc", "auc_error_bound", "best_possible_auc", "calibration", "rows")  # of labels that are probabilities
 BINS = 1 << 16
 SUMS = ("weight", "prediction", "label", "bce", "squared", "absolute", "rows", "positives", "oracle_rows")
 ROW = np.dtype([("logit", "f4"), ("label", "f4"), ("weight", "f4"), ("oracle", "f4"), ("group", "i8")])
 
 
 class Accumulator:
-    """Metrics of T tasks over all batches of all ranks.
+    """Metrics of C columns over all batches of all ranks.
 
     Beyond `exact_rows`, `auc`, `pr_auc` and `best_possible_auc` come from a histogram (scores in one bin count as tied):
     |auc - exact auc| ≤ `auc_error_bound`; `gauc` comes from whole groups, drawn by a hash of their id so that about
@@ -56,29 +62,28 @@ class Accumulator:
         grouped: batches carry groups and `gauc` is wanted.
     """
 
-    def __init__(self, tasks: Sequence[TaskConfig], *, total_rows: int, exact_rows: int, grouped: bool):
-        self.tasks = tuple(tasks)
+    def __init__(self, columns: Sequence[Column], *, total_rows: int, exact_rows: int, grouped: bool):
+        self.columns = tuple(columns)
         self.exact = total_rows <= exact_rows
         self.grouped = grouped
         self.hash_limit = 0 if self.exact else exact_rows * 2**64 // total_rows
-        self.sums = torch.zeros(len(self.tasks), len(SUMS), dtype=torch.float64)
+        self.sums = torch.zeros(len(self.columns), len(SUMS), dtype=torch.float64)
         # Negative and positive mass of the logits, then of the oracle's: 2 MiB a task.
-        self.histograms = np.zeros((len(self.tasks), 4, 0 if self.exact else BINS))
+        self.histograms = np.zeros((len(self.columns), 4, 0 if self.exact else BINS))
         # Of dtype ROW: 24 bytes a row and task, three times that while one task is ranked.
-        self.rows: list[list[np.ndarray]] = [[] for _ in self.tasks]
+        self.rows: list[list[np.ndarray]] = [[] for _ in self.columns]
 
-    def update(self, logits: Tensor, labels: Tensor, weights: Tensor, groups: Tensor | None, oracle: Tensor | None) -> None:
-        """Add a batch: logits, labels, weights, oracle (B, T); groups (B,). oracle is NaN where a task has none. Copies to the CPU."""
-        oracle = torch.full_like(logits, torch.nan) if oracle is None else oracle
-        self.sums += _sum([isinstance(t, BinaryTask) for t in self.tasks], logits, labels, weights, oracle).cpu()
+    def update(self, scored: Scored, groups: Tensor | None) -> None:
+        """Add a batch; groups (B,). Copies to the CPU."""
+        self.sums += _sum([c.family == "binary" for c in self.columns], scored).cpu()
         assert not self.grouped or groups is not None, "grouped, but the batch carries no groups"
         group = 0 if not self.grouped or groups is None else groups.cpu().numpy()
-        x, y, w, o = (t.detach().float().cpu().numpy() for t in (logits, labels, weights, oracle))
-        for t, task in enumerate(self.tasks):
-            if isinstance(task, BinaryTask):
+        x, y, w, o = (t.detach().float().cpu().numpy() for t in (scored.scores, scored.labels, scored.weights, scored.oracle))
+        for c, column in enumerate(self.columns):
+            if column.family == "binary":
                 rows = np.empty(len(x), ROW)
-                rows["logit"], rows["label"], rows["weight"], rows["oracle"], rows["group"] = x[:, t], y[:, t], w[:, t], o[:, t], group
-                self._add(t, rows[w[:, t] > 0])
+                rows["logit"], rows["label"], rows["weight"], rows["oracle"], rows["group"] = x[:, c], y[:, c], w[:, c], o[:, c], group
+                self._add(c, rows[w[:, c] > 0])
 
     def _add(self, t: int, rows: np.ndarray) -> None:
         if not self.exact:
@@ -96,15 +101,18 @@ class Accumulator:
         if not self.exact:
             histograms = _all_reduce(torch.from_numpy(histograms)).numpy()
         out: Metrics = {}
-        for t, task in enumerate(self.tasks):
-            total = dict(zip(SUMS, sums[t].tolist(), strict=True))
-            if not isinstance(task, BinaryTask):
-                out[task.name] = _regression(total)
-                continue
-            rows = _gather(np.concatenate([np.empty(0, ROW), *self.rows[t]]))
-            if rows is not None:
-                ranking = self._exact(rows, total) if self.exact else self._approximate(rows, total, histograms[t])
-                out[task.name] = _binary(total, ranking)
+        for c, column in enumerate(self.columns):
+            total, of_task = dict(zip(SUMS, sums[c].tolist(), strict=True)), out.setdefault(column.task, {})
+            if column.family == "mean":
+                of_task |= {column.prefix: _ratio(total["prediction"], total["weight"]), "rows": int(total["rows"])}
+            elif column.family == "value":
+                of_task |= _regression(total)
+            else:
+                rows = _gather(np.concatenate([np.empty(0, ROW), *self.rows[c]]))
+                if rows is not None:
+                    ranking = self._exact(rows, total) if self.exact else self._approximate(rows, total, histograms[c])
+                    values = _binary(total, ranking)
+                    of_task |= {column.prefix + k: v for k, v in values.items() if column.prefix != "entire_" or k in OF_ENTIRE}
         return _broadcast(out)
 
     def _exact(self, rows: np.ndarray, total: dict[str, float]) -> Values:
@@ -130,13 +138,14 @@ class Accumulator:
 # ----------------------------------------------------------------------------------------------------------- one batch
 
 
-def _sum(binary: list[bool], logits: Tensor, labels: Tensor, weights: Tensor, oracle: Tensor) -> Tensor:
-    """SUMS of a batch, float64 (T, len(SUMS))."""
-    keep = weights > 0
-    x, y, w = (torch.where(keep, t.detach().double(), 0.0) for t in (logits, labels, weights))
+def _sum(binary: list[bool], scored: Scored) -> Tensor:
+    """SUMS of a batch, float64 (C, len(SUMS))."""
+    keep = scored.weights > 0
+    x, y, w = (torch.where(keep, t.detach().double(), 0.0) for t in (scored.scores, scored.labels, scored.weights))
     p = torch.where(torch.tensor(binary, device=x.device), x.sigmoid(), x)
     bce = -(y * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x))
-    sums = (w, w * p, w * y, w * bce, w * (p - y) ** 2, w * (p - y).abs(), keep, keep & (y > 0.5), keep & ~oracle.isnan())
+    known = keep & ~scored.oracle.isnan()
+    sums = (w, w * p, w * y, w * bce, w * (p - y) ** 2, w * (p - y).abs(), keep, keep & (y > 0.5), known)
     return torch.stack([s.sum(0, dtype=torch.float64) for s in sums], dim=1)
 
 
@@ -308,7 +317,7 @@ def select(metrics: Metrics, loss: float | None, monitor: str) -> tuple[float, b
                 f"train.monitor {monitor!r}: {metric} of task {name!r} is undefined on the validation split: {_why(of, metric)}"
             )
         values.append(value)
-    return sum(values) / len(values), metric in HIGHER_IS_BETTER
+    return sum(values) / len(values), _higher_is_better(metric)
 
 
 def _why(values: Values, metric: str) -> str:
@@ -326,7 +335,11 @@ def better(new: float, old: float | None, monitor: str) -> bool:
     """Whether `new` strictly beats `old` (None: nothing yet) under `monitor`."""
     if old is None:
         return True
-    return new > old if monitor.rpartition(".")[2] in HIGHER_IS_BETTER else new < old
+    return new > old if _higher_is_better(monitor.rpartition(".")[2]) else new < old
+
+
+def _higher_is_better(metric: str) -> bool:
+    return metric.removeprefix("joint_").removeprefix("entire_").removeprefix("positive_") in HIGHER_IS_BETTER
 
 
 # ---------------------------------------------------------------------------------------------------------------- print
@@ -334,8 +347,10 @@ def better(new: float, old: float | None, monitor: str) -> bool:
 COLUMNS = {  # metric: (header, format)
     "auc": ("AUC", ".4f"), "best_possible_auc": ("best AUC", ".4f"), "auc_error_bound": ("AUC ±", ".1e"), "gauc": ("GAUC", ".4f"),
     "gauc_sampled_share": ("GAUC share", ".3f"), "pr_auc": ("PR-AUC", ".4f"), "logloss": ("logloss", ".4f"), "ne": ("NE", ".4f"),
-    "rmse": ("RMSE", ".5g"), "mae": ("MAE", ".5g"), "calibration": ("calibration", ".4f"), "rows": ("rows", ",d"),
-    "positives": ("positives", ",d"),
+    "joint_auc": ("joint AUC", ".4f"), "joint_calibration": ("joint calib.", ".4f"), "entire_auc": ("entire AUC", ".4f"),
+    "entire_best_possible_auc": ("best entire", ".4f"), "entire_calibration": ("entire calib.", ".4f"),
+    "accuracy": ("accuracy", ".4f"), "positive_auc": ("AUC of > 0", ".4f"), "rmse": ("RMSE", ".5g"), "mae": ("MAE", ".5g"),
+    "calibration": ("calibration", ".4f"), "rows": ("rows", ",d"), "positives": ("positives", ",d"),
 }  # fmt: skip
 
 

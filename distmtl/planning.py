@@ -318,7 +318,7 @@ def _misfit(world: World, hardware: Hardware, options: list[ShardingOption], pla
 
 def smallest_world(config: Config, hardware: Hardware, tried: list[World]) -> World | str:
     """The fewest ranks (a power of two within a node, then whole nodes) that hold the tables, or why none was found."""
-    node, tables = hardware.ranks_per_node, {f.table_name: 4 * f.rows * f.dim for f in config.embedded}
+    node, tables = hardware.ranks_per_node, {t: 4 * rows * dim for t, (rows, dim) in config.tables_read.items()}
     for table, c in constraints(config, node, node + 1).items():
         if set(c.sharding_types) == {"table_wise"} and tables[table] > _of(hardware, hardware.topology(1)):
             return f"none: table {table!r} may only lie whole on one rank ({_gib(tables[table])}); let it be row_wise"
@@ -358,7 +358,7 @@ class HostMemory:
 
 def host_memory(config: Config, hardware: Hardware, world: World) -> list[HostMemory]:
     """For each cache size, the fewest of the largest tables whose move lets the plan exist."""
-    size = {f.table_name: 4.0 * f.rows * f.dim + optimizer_bytes(config, f.table_name, f.rows, f.dim) for f in config.embedded}
+    size = {t: 4.0 * rows * dim + optimizer_bytes(config, t, rows, dim) for t, (rows, dim) in config.tables_read.items()}
     order = sorted(size, key=lambda t: -size[t])
     out = []
     for factor in CACHES:
@@ -534,7 +534,7 @@ class Report:
 
     def _head(self) -> str:
         h, world = self.hardware, self.shown
-        tables = {f.table_name: f.rows * f.dim for f in self.config.embedded}
+        tables = {t: rows * dim for t, (rows, dim) in self.config.tables_read.items()}
         memory = f"{h.hbm_gb:g} GiB HBM at {h.hbm_gb_s:g} GB/s" if h.device == "cuda" else f"{h.ddr_gb:g} GiB memory at {h.ddr_gb_s:g} GB/s"
         return (
             f"{self.config.name}: {sum(tables.values()):,} parameters in {len(tables)} tables, {self.dense:,} dense\n"

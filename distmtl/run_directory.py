@@ -14,7 +14,7 @@ from torch import Size
 
 from distmtl import checkpoint
 from distmtl.checkpoint import Changes, Checkpoint
-from distmtl.config import BucketFeature, CGCConfig, Config, PLEConfig
+from distmtl.config import BucketFeature, Config
 from distmtl.config_file import dump_config, parse_config
 from distmtl.data.collate import alike_type, is_list, is_string
 from distmtl.data.dataset import Dataset
@@ -169,13 +169,18 @@ def _other_optimizers(config: Config, old: Config) -> dict[str, str]:
     return {t: f"was {then}'s, is {now}'s" for t, (then, now) in kinds.items() if then != now}
 
 
+SHARED_BY_ALL = ("shared_bottom", "omoe", "mmoe", "plugin")  # heads whose networks, gates apart, belong to no task
+
+
 def _former_name(config: Config, old: Config) -> Any:
     """For `Changes`: towers and gates go with their task, not with its place in the list; what reads the feature vector, and
-    experts that belong to tasks, fit only where those are laid out alike."""
+    networks that belong to tasks, fit only where those are laid out alike."""
     now, then = ([(t.name, t.kind) for t in c.tasks] for c in (config, old))
     vectors = [[(f.name, f.dim) for f in c.embedded] + [(f.name, f.width) for f in c.dense] for c in (config, old)]
-    dealt = [(c.model.shared_experts, c.model.task_experts) if isinstance(c.model, CGCConfig | PLEConfig) else None for c in (config, old)]
-    experts_fit = dealt == [None, None] or (now == then and dealt[0] == dealt[1])
+    dealt = [
+        [getattr(c.model, key, None) for key in ("kind", "network", "shared_experts", "task_experts", "groups")] for c in (config, old)
+    ]
+    experts_fit = all(kind in SHARED_BY_ALL for kind, *_ in dealt) or (now == then and dealt[0] == dealt[1])
 
     ours = "" if config.model.kind == "plugin" else r"|sharing\.gates|sharing\.levels\.\d+\.gates"
 

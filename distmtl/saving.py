@@ -72,7 +72,7 @@ class Saver:
             state = {name: self._copy(name, value) for name, value in state.items()}
             if self.process.device.type == "cuda":
                 torch.cuda.synchronize(self.process.device)
-        state["dense"] = checkpoint.dense_state(self.optimizers)
+        state["dense"] = checkpoint.dense_state(self.model, self.optimizers)
         stall = time.monotonic() - began
         self.job = self._start(self._write, state, {**manifest, "attempt": self.attempt}, best_step, began, stall)
         if not self.background:

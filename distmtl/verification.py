@@ -26,9 +26,9 @@ from distmtl.distributed.ranks import run_ranks
 from distmtl.distributed.sharding import local_shards
 from distmtl.evaluation import evaluate
 from distmtl.loop import Training, open_splits, train
-from distmtl.model.embeddings import FeatureVector
-from distmtl.model.loss import task_losses
-from distmtl.model.multitask import Head
+from distmtl.model.head import Head
+from distmtl.model.layout import Features, Layout
+from distmtl.model.loss import Terms
 from distmtl.optim import dense_optimizer
 from distmtl.progress import Progress
 from distmtl.storage import place
@@ -191,28 +191,28 @@ def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, State]
     parameters afterwards."""
     weights = {n: v.clone() for n, v in ranks[0].before.items()}
     tables = {f.table_name: weights[f"model.embeddings.embedding_bags.{f.table_name}.weight"].requires_grad_() for f in config.embedded}
-    head = Head(config, FeatureVector(config).width)
+    head, terms = Head(config, Layout.of(config)), Terms(config)
     head.load_state_dict({n.removeprefix("model.head."): v for n, v in weights.items() if n.startswith("model.head.")})
     dense = dense_optimizer(config.optimizer, list(head.parameters()))
     momentum = {name: torch.zeros_like(table) for name, table in tables.items()}
     losses = []
     for step in range(len(ranks[0].batches)):
-        sums = totals = torch.zeros(len(config.tasks))
+        sums = totals = torch.zeros(len(terms.names))
         for rank in ranks:
             batch = rank.batches[step]
             parts = [
                 F.embedding_bag(batch.sparse[f.name].values(), tables[f.table_name], batch.sparse[f.name].offsets()[:-1], mode=f.pooling)
                 for f in config.embedded
             ]
-            logits = head(torch.cat([*parts, batch.dense], dim=1))
-            sums = sums + (task_losses(logits, batch.labels, config.tasks) * batch.weights).sum(0)
-            totals = totals + batch.weights.sum(0)
+            features = Features((torch.cat([*parts, batch.dense], dim=1),), batch.domain, batch.rows >= 0)
+            errors, counts = terms(head(features), batch)
+            sums, totals = sums + (errors * counts).sum(0), totals + counts.sum(0)
         means = torch.where(totals > 0, sums / totals.clamp(min=1e-30), 0.0)
         losses.append(means.detach().double())
         head.zero_grad()
         for table in tables.values():
             table.grad = None
-        (means * torch.tensor([t.weight for t in config.tasks])).sum().backward()
+        (means * torch.tensor(terms.coefficients)).sum().backward()
         if config.optimizer.clip_norm:
             torch.nn.utils.clip_grad_norm_(head.parameters(), config.optimizer.clip_norm)
         dense.step()

@@ -7,7 +7,7 @@ from benchmarks.check import drops
 from benchmarks.limit import DTYPES, cpu_seconds, exchange_bytes, pieces, products, real_batches
 from benchmarks.loops import InMemory, PyTorch
 from distmtl.config_file import parse_config
-from distmtl.model.embeddings import FeatureVector
+from distmtl.model.layout import Layout
 
 MMOE = {"kind": "mmoe", "num_experts": 3, "expert": [16, 8]}
 
@@ -26,8 +26,8 @@ def test_a_drop_is_one_of_more_than_15_percent():
 
 
 def test_products_are_the_heads(config):
-    width = FeatureVector(config).width
-    assert sorted(products(config, width)) == sorted(
+    width = Layout.of(config).width
+    assert sorted(products(config)) == sorted(
         [(width, 16)] * 3 + [(16, 8)] * 3 + [(width, 6)] + [s for t in config.tasks for s in _tower(8, t.tower)]
     )
 

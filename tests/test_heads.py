@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from distmtl.config_file import parse_config
 from distmtl.errors import DistmtlError
 from distmtl.model.experts import Experts, Gate
+from distmtl.model.head import Head
 from distmtl.model.kernels import mix
+from distmtl.model.layout import Features, Layout
 from distmtl.model.mmoe import MMoE
-from distmtl.model.multitask import Head, initialise_dense
+from distmtl.model.multitask import initialise_dense
 from distmtl.model.ple import CGC, PLE
 from distmtl.model.shared_bottom import SharedBottom
 
@@ -43,9 +45,13 @@ class TwoLinear(torch.nn.Module):
         return [layer(x).relu() for layer in self.layers]
 
 
+def seen(x):
+    return Features((x,))
+
+
 def head(model, seed=0):
     config = parse_config(tiny.raw(Path(), Path(), model=model))
-    built = Head(config, WIDTH)
+    built = Head(config, Layout({}, WIDTH))
     initialise_dense(built, seed)
     return built
 
@@ -59,10 +65,10 @@ class TestContract:
                 if isinstance(module, Gate):
                     torch.nn.init.normal_(module.weight, std=0.5)
         for rows in (B, 1):
-            logits = h(torch.randn(rows, WIDTH))
+            logits = h(seen(torch.randn(rows, WIDTH)))
             assert logits.shape == (rows, TASKS)
         x = torch.randn(256, WIDTH, requires_grad=True)
-        (h(x).sigmoid() * torch.randn(256, TASKS)).sum().backward()
+        (h(seen(x)).sigmoid() * torch.randn(256, TASKS)).sum().backward()
         dead = [n for n, p in h.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         one_expert = model["kind"] == "mmoe" and model["num_experts"] == 1
         assert [n for n in dead if not (one_expert and "gates" in n)] == []  # the softmax of one expert is constant
@@ -75,7 +81,7 @@ class TestContract:
 
     def test_rows_do_not_see_each_other(self, model):
         h, x = head(model).eval(), torch.randn(B, WIDTH)
-        torch.testing.assert_close(h(x)[3:5], h(x[3:5]))
+        torch.testing.assert_close(h(seen(x))[3:5], h(seen(x[3:5])))
 
 
 def expert_by_hand(experts: Experts, e: int, x: torch.Tensor) -> torch.Tensor:
@@ -104,7 +110,7 @@ def double_softmax(monkeypatch):
 def test_mmoe_by_hand(monkeypatch):
     double_softmax(monkeypatch)
     m, x = randomised(MMoE(WIDTH, TASKS, 4, (16, 8))), torch.randn(B, WIDTH, dtype=torch.float64)
-    for t, out in enumerate(m(x)):
+    for t, out in enumerate(m(seen(x))):
         gate = gate_by_hand(m.gates[t], x)
         expected = torch.stack([sum(gate[i, e] * expert_by_hand(m.experts, e, x[i]) for e in range(4)) for i in range(B)])
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
@@ -127,7 +133,7 @@ def test_ple_by_hand(monkeypatch):
             everything = [f for task in mine for f in task] + common
             outputs.append(sum(gate[:, [k]] * f for k, f in enumerate(everything)))
         inputs = outputs
-    for out, expected in zip(m(x), inputs, strict=True):
+    for out, expected in zip(m(seen(x)), inputs, strict=True):
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     assert m.levels[-1].shared_gate is None, "the last level's shared gate would be dead"
 
@@ -136,7 +142,7 @@ def test_one_expert_of_mmoe_is_shared_bottom():
     mmoe, bottom = MMoE(WIDTH, TASKS, 1, (16, 8)), SharedBottom(WIDTH, TASKS, (16, 8))
     bottom.bottom.load_state_dict(mmoe.experts.state_dict())
     x = torch.randn(B, WIDTH)
-    for a, b in zip(mmoe(x), bottom(x), strict=True):
+    for a, b in zip(mmoe(seen(x)), bottom(seen(x)), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -144,7 +150,7 @@ def test_cgc_without_own_experts_is_mmoe():
     cgc, mmoe = CGC(WIDTH, TASKS, 4, 0, (8,), 0.0, last=True), MMoE(WIDTH, TASKS, 4, (8,))
     mmoe.load_state_dict(cgc.state_dict())
     x = torch.randn(B, WIDTH)
-    for a, b in zip(cgc([x] * (TASKS + 1)), mmoe(x), strict=True):
+    for a, b in zip(cgc([x] * (TASKS + 1)), mmoe(seen(x)), strict=True):
         torch.testing.assert_close(a, b)
 
 

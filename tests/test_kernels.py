@@ -10,8 +10,10 @@ from torch.nn import functional as F
 
 from distmtl.config_file import parse_config
 from distmtl.distributed import matmul
+from distmtl.model.head import Head
 from distmtl.model.kernels import Run, linear_relu, mix, side_by_side
-from distmtl.model.multitask import Head, initialise_dense
+from distmtl.model.layout import Features, Layout
+from distmtl.model.multitask import initialise_dense
 
 B = 7
 
@@ -40,10 +42,10 @@ def test_mix():
 
 def test_side_by_side():
     pooled, dense, scales = normal(B, 8), torch.randn(B, 3, dtype=torch.float64), torch.rand(1, B, dtype=torch.float64)
-    runs = [Run(5, 3), Run(0, 2, scale=0), Run(2, 3)]
-    assert gradcheck(lambda p: side_by_side(p, runs, scales, dense), (pooled,))
-    expected = torch.cat([pooled[:, 5:], pooled[:, :2] * scales[0, :, None], pooled[:, 2:5], dense], 1)
-    torch.testing.assert_close(side_by_side(pooled, runs, scales, dense), expected)
+    blocks = [[Run(5, 3), Run(0, 2, scale=0)], [Run(2, 3)]]
+    assert gradcheck(lambda p: side_by_side(p, blocks, scales, dense), (pooled,))
+    expected = torch.cat([pooled[:, 5:], pooled[:, :2] * scales[0, :, None], dense], 1), torch.cat([pooled[:, 2:5], dense], 1)
+    torch.testing.assert_close(side_by_side(pooled, blocks, scales, dense), expected)
 
 
 @pytest.mark.parametrize("model", [{"kind": "mmoe", "num_experts": 3, "expert": [16, 8]}, {"kind": "shared_bottom", "bottom": [16, 8]}])
@@ -51,10 +53,10 @@ def test_a_head_in_bf16_is_the_one_in_fp32_but_for_rounding(model):
     heads = []
     for precision in ("fp32", "bf16"):
         config = parse_config(tiny.raw(Path(), Path(), model=model, train={"global_batch_size": 8, "precision": precision}))
-        heads.append(Head(config, 12))
+        heads.append(Head(config, Layout({}, 12)))
         initialise_dense(heads[-1], 0)
     x = torch.randn(64, 12)
-    exact, rounded = (head(x) for head in heads)
+    exact, rounded = (head(Features((x,))) for head in heads)
     assert rounded.dtype == torch.float32
     assert 0 < (exact - rounded).abs().max() < 0.05
     for head, logits in zip(heads, (exact, rounded), strict=True):

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from sklearn import metrics as sk
 
-from distmtl.config import BinaryTask, RegressionTask
 from distmtl.errors import DistmtlError
 from distmtl.metrics import Accumulator, Metrics, _bin, better, format_metrics, select
+from distmtl.scores import Column, Scored
 
 torch.set_num_threads(1)
 
-TASKS = (BinaryTask(name="click"), BinaryTask(name="buy"), RegressionTask(name="watch", kind="regression"))
+TASKS = (Column("click", "binary"), Column("buy", "binary"), Column("watch", "value"))
 
 
 def make_rows(n: int = 600, seed: int = 0, decimals: int = 1) -> dict[str, np.ndarray]:
@@ -47,7 +47,7 @@ def accumulate(rows: dict[str, Any], part: slice = slice(None), batch: int = 97,
     mine = [torch.from_numpy(rows[k][part]) for k in ("logits", "labels", "weights", "groups", "oracle")]
     for b in zip(*(t.split(batch) for t in mine), strict=True):
         if len(b[0]):
-            accumulator.update(*b)
+            accumulator.update(Scored(*b[:3], b[4]), b[3])
     first = accumulator.compute()
     assert accumulator.compute() == first, "compute changes nothing"
     return first
@@ -80,7 +80,7 @@ def gauc_by_loop(x: np.ndarray, y: np.ndarray, w: np.ndarray, groups: np.ndarray
 @pytest.mark.parametrize("seed", range(3))
 def test_binary_metrics_equal_their_definitions(t, seed):
     rows = make_rows(seed=seed)
-    got = accumulate(rows)[TASKS[t].name]
+    got = accumulate(rows)[TASKS[t].task]
     x, y, w, groups, oracle = kept(rows, t)
     p = 1 / (1 + np.exp(-x))
     base = np.average(y, weights=w)
@@ -252,7 +252,8 @@ def test_keys_follow_what_was_given():
     rows["oracle"][np.flatnonzero(rows["weights"][:, 0])[0], 0] = np.nan  # of other rows than auc
     assert accumulate(rows)["click"]["best_possible_auc"] is None
     accumulator = Accumulator(TASKS, total_rows=1, exact_rows=9, grouped=False)
-    accumulator.update(*(torch.ones(1, 3, dtype=d) for d in (torch.bfloat16, torch.float32, torch.float32)), None, None)
+    ones = (torch.ones(1, 3, dtype=d) for d in (torch.bfloat16, torch.float32, torch.float32))
+    accumulator.update(Scored(*ones, torch.full((1, 3), torch.nan)), None)
     assert "best_possible_auc" not in accumulator.compute()["click"]
 
 

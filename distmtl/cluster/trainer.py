@@ -54,14 +54,14 @@ def train_on_ray(config: Config, resume: str = "auto", report: Report = print_re
         DistmtlError: what a retry cannot mend, or more failures in a row than cluster.max_failures.
     """
     from distmtl.loop import open_splits
-    from distmtl.model.embeddings import FeatureVector
-    from distmtl.model.multitask import Head
+    from distmtl.model.head import Head
+    from distmtl.model.layout import Layout
 
     _refuse_fleeting_directory(config)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": absolute(config.run_dir)})})
     open_run(config, resume, open_splits(config)["train"], policy)
     if config.model.kind == "plugin":  # the user's own code: better it fails here
-        Head(config, FeatureVector(config).width)
+        Head(config, Layout.of(config))
     report({"kind": "note", "text": f"data and config are sound; starting {config.cluster.workers} Ray Train worker(s) …"})
     set_hang_timeout(config.cluster)
     folder = place(config.run_dir)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distmtl.config import BinaryTask, Config, IdFeature, VectorFeature
-from distmtl.data.collate import ROW, Collator, alike_type, is_list, is_string
+from distmtl.data.collate import ROW, Collator, alike_type, is_list, is_string, label_rule
 from distmtl.data.dataset import Dataset
 from distmtl.errors import DistmtlError
 
@@ -31,7 +31,8 @@ def check_dataset(dataset: Dataset, config: Config, split: str | None) -> None:
     Raises:
         DistmtlError: every mistake, by file, column and value.
     """
-    named = [t.true_probability for t in config.tasks if isinstance(t, BinaryTask) and t.true_probability]
+    binary = [t for t in config.tasks if isinstance(t, BinaryTask)]
+    named = [c for t in binary for c in (t.true_probability, t.true_probability_entire) if c]
     oracle = [] if split == "train" else [c for c in named if split or c in dataset.columns]
     collator = Collator(config, oracle=oracle, locate=dataset.locate)
     mistakes: dict[str, None] = {}
@@ -84,6 +85,7 @@ def _schema_mistakes(
     if config.data.group:
         wanted.append((config.data.group, "data.group", lambda k: _is_integer(k) or is_string(k), "an integer or string"))
     wanted += [(c, "true_probability", _is_number, "a number") for c in collator.oracles if c]
+    wanted += [(c, f"task {t.name!r}", _is_number, "a number") for c, t in zip(collator.extras, config.tasks, strict=False) if c]
     for name, what, fits, words in wanted:
         kind = _plain(schema.field(name).type)
         if not (fits(kind) or pa.types.is_null(kind)):
@@ -128,7 +130,7 @@ def _range_mistakes(file: pq.ParquetFile, config: Config, path: str, unknown: se
     for f in config.embedded:
         if isinstance(f, IdFeature) and f.out_of_range == "error" and (f.source not in ids or f.rows < ids[f.source].rows):
             ids[f.source] = f
-    binary = {t.column: t for t in config.tasks if isinstance(t, BinaryTask)}
+    rules = {t.column: rule for t in config.tasks if (rule := label_rule(t))}
     out: dict[str, None] = {}
     for g in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(g)
@@ -151,10 +153,10 @@ def _range_mistakes(file: pq.ParquetFile, config: Config, path: str, unknown: se
                     f"feature {ids[name].name!r}: id {bad} in {path}, row group {g}, is outside its table's 0 … {ids[name].rows - 1}; "
                     "raise rows, or set out_of_range to hash or clip"
                 ] = None
-            if name in binary and (low < 0 or high > 1):
-                out[
-                    f"label {name!r}: {low if low < 0 else high} in {path}, row group {g}; a binary label is 0 or 1, or null where unknown"
-                ] = None
+            if name in rules:
+                least, most, words = rules[name]
+                if low < least or high > most:
+                    out[f"label {name!r}: {low if low < least else high} in {path}, row group {g}; {words}, or null where unknown"] = None
     return list(out)
 
 

@@ -10,7 +10,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distmtl.batch import NO_GROUP
-from distmtl.config import BinaryTask, BucketFeature, Config, IdFeature, NumericFeature, VectorFeature
+from distmtl.config import (
+    BinaryTask,
+    BucketFeature,
+    Config,
+    IdFeature,
+    LognormalTask,
+    MulticlassTask,
+    NumericFeature,
+    OrdinalTask,
+    QuantileTask,
+    TaskConfig,
+    VectorFeature,
+    WatchTimeTask,
+)
 from distmtl.data.hashing import hash_strings, into_table
 from distmtl.data.rows import Bag, Rows
 from distmtl.errors import DistmtlError
@@ -31,11 +44,12 @@ class Collator:
         self.config, self.locate = config, locate
         self.keys = [f.name for f in config.embedded]
         self.dense_width = sum(f.width for f in config.dense)
-        known = (t.true_probability if isinstance(t, BinaryTask) else None for t in config.tasks)
+        known = [getattr(t, name, None) for name in ("true_probability", "true_probability_entire") for t in config.tasks]
         self.oracles = [c if c in oracle else None for c in known]
         if not any(self.oracles):
             self.oracles = []
-        extra = [config.data.group, config.data.weight, *self.oracles]
+        self.extras = [t.extra for t in config.tasks] if any(t.extra for t in config.tasks) else []
+        extra = [config.data.group, config.data.weight, *self.oracles, *self.extras]
         self.columns = list(dict.fromkeys([f.source for f in config.features] + [t.column for t in config.tasks] + [c for c in extra if c]))
 
     def __call__(self, table: pa.Table, order: np.ndarray | None = None) -> Rows:
@@ -78,12 +92,80 @@ class Collator:
         labels, weights = np.empty((n, tasks), dtype=np.float32), np.empty((n, tasks), dtype=np.float32)
         weight = _weight(column(self.config.data.weight), self.config.data.weight, at) if self.config.data.weight else np.float32(1)
         for t, task in enumerate(self.config.tasks):
-            label, known = _label(column(task.column), task.column, isinstance(task, BinaryTask), at)
-            put(label, labels[:, t])
-            put(known * weight, weights[:, t])
+            label, known = _label(column(task.column), task, at)
+            labels[:, t], weights[:, t] = label, known * weight
+        contradicting = self._after_their_parents(labels, weights, at)
+        extras = self._extras(column, weights, at)
         single = single[: len(self.keys) - len(bags)]
-        groups, oracle = (None if a is None else permuted(a) for a in (self._groups(column), self._oracle(column, n)))
-        return Rows(single, bags, dense, labels, weights, permuted(numbers), replaced, groups, oracle)
+        groups, oracle, extras = (None if a is None else permuted(a) for a in (self._groups(column), self._oracle(column, n), extras))
+        domain = None
+        if self.config.domain:
+            f = self.keys.index(self.config.domain)
+            if f in bags:
+                raise DistmtlError(
+                    _no_domain(self.config.domain, bags[f].lengths, numbers if order is None else numbers[order], self.locate)
+                )
+            domain = single[f - sum(b < f for b in bags)]
+        return Rows(
+            single,
+            bags,
+            dense,
+            permuted(labels),
+            permuted(weights),
+            permuted(numbers),
+            replaced,
+            permuted(contradicting),
+            groups,
+            oracle,
+            extras,
+            domain,
+        )
+
+    def _after_their_parents(self, labels: np.ndarray, weights: np.ndarray, at: Callable[[int], str]) -> np.ndarray:
+        """Leave out labels of tasks that could not happen because one before them did not. (n,) how many of these say they did.
+
+        Raises:
+            DistmtlError: more of them than data.max_contradictions.
+        """
+        config, contradicting = self.config, np.zeros(len(labels), dtype=np.int64)
+        never: dict[int, np.ndarray] = {}
+        for t in config.by_descent:
+            task = config.tasks[t]
+            parents = [config.task(p) for p in task.parents] if config.space(task) != "labelled" else []
+            if not parents:
+                continue
+            impossible = np.zeros(len(labels), dtype=bool)
+            for p in parents:
+                impossible |= (weights[:, p] > 0) & (labels[:, p] < 0.5) | never.get(p, False)
+            never[t] = impossible
+            wrong = impossible & (weights[:, t] > 0) & (labels[:, t] > 0.5) & isinstance(task, BinaryTask)
+            if wrong.sum() > config.data.max_contradictions * len(labels):
+                raise DistmtlError(
+                    f"label {task.column!r}: {wrong.sum()} of {len(labels)} rows have {task.name} without {' and '.join(task.parents)}, "
+                    f"such as {at(_first(wrong))}; mend the labels, raise data.max_contradictions ({config.data.max_contradictions:g}) to "
+                    "leave them out, or set the task's space to labelled"
+                )
+            contradicting += wrong
+            weights[impossible, t] = 0
+        return contradicting
+
+    def _extras(self, column: Callable[[str], pa.Array], weights: np.ndarray, at: Callable[[int], str]) -> np.ndarray | None:
+        if not self.extras:
+            return None
+        out = np.zeros(weights.shape, dtype=np.float32)
+        for t, name in enumerate(self.extras):
+            if not name:
+                continue
+            array = column(name)
+            out[:, t] = _floats(array, pa.float32())
+            _no_nan(out[:, t], f"column {name!r}", at)
+            wrong = out[:, t] < 0
+            if isinstance(self.config.tasks[t], BinaryTask):  # a delay that nobody knows; a duration may be unknown
+                wrong |= array.is_null().to_numpy(zero_copy_only=False) & (weights[:, t] > 0)
+            if wrong.any():
+                i = _first(wrong)
+                raise DistmtlError(f"column {name!r}: {array[i]} at {at(i)}; task {self.config.tasks[t].name!r} needs a number ≥ 0")
+        return out
 
     def mistakes(self, table: pa.Table) -> list[str]:
         """What `__call__` would refuse, every column's first mistake instead of the first column's."""
@@ -92,7 +174,7 @@ class Collator:
         at = lambda i: self.locate(int(numbers[i]))  # noqa: E731
         checks: list[Callable[[], object]] = [lambda f=f: _embedded(column(f.source), f, at) for f in self.config.embedded]  # type: ignore[misc]
         checks += [lambda f=f: _dense(column(f.source), f, at) for f in self.config.dense]  # type: ignore[misc]
-        checks += [lambda t=t: _label(column(t.column), t.column, isinstance(t, BinaryTask), at) for t in self.config.tasks]  # type: ignore[misc]
+        checks += [lambda t=t: _label(column(t.column), t, at) for t in self.config.tasks]  # type: ignore[misc]
         if self.config.data.weight:
             checks.append(lambda: _weight(column(self.config.data.weight or ""), self.config.data.weight or "", at))
         out = []
@@ -107,9 +189,10 @@ class Collator:
         """No rows at all: what a batch of padding alone is made of."""
         no = lambda *width: np.zeros((0, *width), dtype=np.float32)  # noqa: E731
         none, tasks = np.zeros(0, dtype=np.int64), len(self.config.tasks)
-        groups, oracle = none if self.config.data.group else None, no(tasks) if self.oracles else None
+        groups, oracle = none if self.config.data.group else None, no(2 * tasks) if self.oracles else None
+        extras, domain = no(tasks) if self.extras else None, none if self.config.domain else None
         single = np.zeros((len(self.keys), 0), dtype=np.int64)
-        return Rows(single, {}, no(self.dense_width), no(tasks), no(tasks), none, none, groups, oracle)
+        return Rows(single, {}, no(self.dense_width), no(tasks), no(tasks), none, none, none, groups, oracle, extras, domain)
 
     def _groups(self, column: Callable[[str], pa.Array]) -> np.ndarray | None:
         if not self.config.data.group:
@@ -264,15 +347,40 @@ def _vectors(array: pa.Array, feature: VectorFeature, at: Callable[[int], str]) 
     return out
 
 
-def _label(array: pa.Array, column: str, binary: bool, at: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
+def _label(array: pa.Array, task: TaskConfig, at: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
     """Labels with 0 where unknown, and where they are known."""
     known = array.is_valid().to_numpy(zero_copy_only=False)
     y = _floats(array, pa.float32())
-    _no_nan(y, f"label {column!r}", at)
-    if binary and not ((y == 0) | (y == 1)).all():
-        i = _first((y != 0) & (y != 1))
-        raise DistmtlError(f"label {column!r}: {y[i]:g} at {at(i)}; a binary label is 0 or 1, or null where unknown")
+    _no_nan(y, f"label {task.column!r}", at)
+    if (rule := label_rule(task)) is None:
+        return y, known
+    low, high, words = rule
+    wrong = (y < low) | (y > high)
+    if high < np.inf:
+        wrong |= y != np.floor(y)
+    if wrong.any():
+        i = _first(wrong)
+        raise DistmtlError(f"label {task.column!r}: {y[i]:g} at {at(i)}; {words}, or null where unknown")
     return y, known
+
+
+def label_rule(task: TaskConfig) -> tuple[float, float, str] | None:
+    """The least and the largest label of a task, and the rule in words; whole numbers where there is a largest. None: any number."""
+    match task:
+        case BinaryTask():
+            return 0, 1, "a binary label is 0 or 1"
+        case OrdinalTask():
+            return 0, task.levels - 1, f"an ordinal label of {task.levels} levels is 0 … {task.levels - 1}"
+        case MulticlassTask():
+            return 0, task.classes - 1, f"a label of {task.classes} classes is 0 … {task.classes - 1}"
+        case WatchTimeTask() | QuantileTask() | LognormalTask():
+            return 0, np.inf, f"a label of kind {task.kind} is at least 0"
+    return None
+
+
+def _no_domain(feature: str, lengths: np.ndarray, numbers: np.ndarray, locate: Callable[[int], str]) -> str:
+    i = _first(lengths != 1) if (lengths != 1).any() else 0
+    return f"feature {feature!r}: {lengths[i]} values at {locate(int(numbers[i]))}; the head's domain: every row has exactly one"
 
 
 def _weight(array: pa.Array, column: str, at: Callable[[int], str]) -> np.ndarray:

@@ -48,8 +48,11 @@ class Rows:
     weights: np.ndarray  # (n, T)
     numbers: np.ndarray  # (n,) position in the data set
     replaced: np.ndarray  # (n,) ids outside their table, replaced by policy
+    contradicting: np.ndarray  # (n,) labels left out because an earlier task's contradicts them
     groups: np.ndarray | None
     oracle: np.ndarray | None
+    extras: np.ndarray | None
+    domain: np.ndarray | None
 
     def place(self, feature: int) -> int:
         """Its row in `single`."""
@@ -96,7 +99,10 @@ def batch_of(parts: Sequence[Part], keys: list[str], padded_rows: int, step: int
         rows=whole("numbers", -1),
         groups=whole("groups", 0),
         oracle=whole("oracle", np.nan),
+        extras=whole("extras", 0),
+        domain=whole("domain", 0),
         step=step,
         replaced_ids=sum(int(rows.replaced[first:last].sum()) for rows, first, last in parts),
+        contradictions=sum(int(rows.contradicting[first:last].sum()) for rows, first, last in parts),
         error=error,
     )

@@ -110,7 +110,8 @@ def constraints(config: Config, local_world_size: int, world_size: int) -> dict[
         name = feature.table_name
         own = config.tables[name].sharding if name in config.tables else None
         types = own or config.sharding.types
-        mb = feature.rows * feature.dim * 4 / 2**20
+        rows, dim = config.tables_read[name]
+        mb = rows * dim * 4 / 2**20
         if own is None and mb < config.sharding.row_wise_above_mb:
             types = tuple(t for t in types if t == "table_wise") or types
         if own is None and config.table_optimizer(name).kind == "rowwise_adagrad":
@@ -122,7 +123,7 @@ def constraints(config: Config, local_world_size: int, world_size: int) -> dict[
         out[name] = ParameterConstraints(
             sharding_types=list(types),
             compute_kernels=["fused"],
-            min_partition=min(feature.dim, 32),
+            min_partition=min(dim, 32),
             pooling_factors=[1.0] * readers[name],  # lookups per row and feature; nobody knows the length of lists here
         )
     return out
@@ -278,7 +279,7 @@ def undrawn_tables() -> Iterator[None]:
 
 
 def describe(plan: ShardingPlan, config: Config) -> Iterator[PlannedTable]:
-    shapes = {f.table_name: (f.rows, f.dim) for f in config.embedded}
+    shapes = config.tables_read
     for module in plan.plan.values():
         for name, parameter in module.items():
             rows, dim = shapes[name]
@@ -346,7 +347,7 @@ def local_shards(state: dict[str, Any]) -> Iterator[tuple[str, Tensor, tuple[int
 
 def initialise_tables(sharded: DistributedModelParallel, config: Config) -> None:
     """Uniform in ±init_scale, drawn by (seed, table, block of rows): the same table whatever the plan."""
-    dims = {f.table_name: f.dim for f in config.embedded}
+    dims = {table: dim for table, (_, dim) in config.tables_read.items()}
     with torch.no_grad():
         for key, tensor, (row, column) in local_shards(sharded.state_dict()):
             table = key.split(".")[-2]

@@ -1,4 +1,4 @@
-"""Embedded and dense features → one feature vector per row."""
+"""Embedded and dense features → the feature vectors of every row."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distmtl.config import BucketFeature, Config, IdFeature
 from distmtl.model.kernels import Run, side_by_side
+from distmtl.model.layout import Features
 
 
 def embedding_tables(config: Config) -> EmbeddingBagCollection | None:
@@ -23,7 +24,7 @@ def embedding_tables(config: Config) -> EmbeddingBagCollection | None:
         EmbeddingBagConfig(
             name=name,
             num_embeddings=features[0].rows,
-            embedding_dim=features[0].dim,
+            embedding_dim=features[0].dim * config.copies,
             feature_names=[f.name for f in features],
             pooling=PoolingType.SUM,
             init_fn=leave,
@@ -39,35 +40,39 @@ def leave(weights: Tensor) -> Tensor:
 
 
 class FeatureVector(nn.Module):
-    """Pooled embeddings and dense features side by side, in config order whatever the sharding plan.
+    """Pooled embeddings and dense features side by side, in config order whatever the sharding plan (layout.Layout).
 
-    forward: pooled (B, sum of dims), ids of the same features, dense (B, dense width) → (B, width), in the precision of the head
+    A table is `config.copies` times as wide as its features' dim: with STEM, columns of task 0, of task 1, …, shared ones.
+
+    forward: pooled (B, sum of dims x copies), ids of the same features, dense (B, dense width), domain (B,), rows (B,) → Features
+    whose vectors, one per copy, are in the precision of the head
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.keys = [f.name for f in config.embedded]
         self.dims = [f.dim for f in config.embedded]
+        self.copies = config.copies
         self.mean = [i for i, f in enumerate(config.embedded) if f.pooling == "mean"]
-        self.width = sum(self.dims) + sum(f.width for f in config.dense)
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
 
-    def forward(self, pooled: KeyedTensor, ids: KeyedJaggedTensor, dense: Tensor) -> Tensor:
+    def forward(self, pooled: KeyedTensor, ids: KeyedJaggedTensor, dense: Tensor, domain: Tensor | None, rows: Tensor) -> Features:
         scales = None
         if self.mean:
             scales = 1.0 / ids.lengths().view(len(self.keys), -1)[self.mean].clamp(min=1)
-        return side_by_side(pooled.values(), self._runs(pooled), scales, dense, self.dtype)
-
-    def _runs(self, pooled: KeyedTensor) -> list[Run]:
-        """The columns of `pooled` in config order, neighbours there that are neighbours here taken together."""
         starts, start = {}, 0
-        for key, dim in zip(pooled.keys(), pooled.length_per_key(), strict=True):
-            starts[key], start = start, start + dim
+        for key, width in zip(pooled.keys(), pooled.length_per_key(), strict=True):
+            starts[key], start = start, start + width
+        blocks = [self._runs(starts, copy) for copy in range(self.copies)]
+        return Features(side_by_side(pooled.values(), blocks, scales, dense, self.dtype), domain, rows >= 0)
+
+    def _runs(self, starts: dict[str, int], copy: int) -> list[Run]:
+        """The columns of a copy in config order, neighbours in `pooled` that are neighbours here taken together."""
         runs: list[Run] = []
         for i, (key, dim) in enumerate(zip(self.keys, self.dims, strict=True)):
-            scale = self.mean.index(i) if i in self.mean else None
-            if runs and scale is None and runs[-1].scale is None and runs[-1].first + runs[-1].width == starts[key]:
+            scale, first = self.mean.index(i) if i in self.mean else None, starts[key] + copy * dim
+            if runs and scale is None and runs[-1].scale is None and runs[-1].first + runs[-1].width == first:
                 runs[-1] = Run(runs[-1].first, runs[-1].width + dim)
             else:
-                runs.append(Run(starts[key], dim, scale))
+                runs.append(Run(first, dim, scale))
         return runs

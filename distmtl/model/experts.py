@@ -65,11 +65,14 @@ def gates(several: Iterable[Gate], x: Tensor) -> Tensor:
 
 
 class Output(nn.Linear):
-    """The last layer of a tower, with a chosen bias at start; in full precision, whatever came before."""
+    """The last layer of a tower, with a chosen bias at start; in full precision, whatever came before.
 
-    def __init__(self, width: int, start: float):
+    forward: (B, in) → (B, out)
+    """
+
+    def __init__(self, width: int, outputs: int = 1, start: float = 0.0):
         self.start = start
-        super().__init__(width, 1)
+        super().__init__(width, outputs)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -80,20 +83,44 @@ class Output(nn.Linear):
             return super().forward(x.to(self.weight.dtype))
 
 
-class Tower(nn.Module):
-    """A task's own network down to its logit.
+class Thresholds(nn.Module):
+    """One score less each of K thresholds, logits of being above them; never in the wrong order (Cao et al. 2020, CORAL).
 
-    forward: (B, in) → (B,)
+    The k-th threshold is the first plus softplus steps, so they increase whatever is learnt.
+
+    forward: (B, in) → (B, K)
     """
 
-    def __init__(self, width: int, layers: Sequence[int], dropout: float = 0.0, bias: float = 0.0):
+    def __init__(self, width: int, thresholds: int):
+        super().__init__()
+        self.score = Output(width)
+        self.steps = nn.Parameter(torch.empty(thresholds - 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.steps, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            steps = F.softplus(self.steps)
+            below = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
+            return self.score(x) - below + below.mean()
+
+
+class Tower(nn.Module):
+    """A task's own network down to its outputs.
+
+    forward: (B, in) → (B, outputs)
+    """
+
+    def __init__(self, width: int, layers: Sequence[int], output: nn.Module, dropout: float = 0.0):
         super().__init__()
         self.dropout = dropout
         self.hidden = nn.ModuleList(nn.Linear(into, out) for into, out in zip((width, *layers), layers, strict=False))
-        self.output = Output((width, *layers)[-1], bias)
+        self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.hidden:
             (x,) = linear_relu([x], layer.weight[None], layer.bias[None])
             x = F.dropout(x, self.dropout, self.training)
-        return self.output(x).squeeze(1)
+        return self.output(x)

@@ -43,12 +43,14 @@ class Run:
     scale: int | None = None
 
 
-def side_by_side(pooled: Tensor, runs: Sequence[Run], scales: Tensor | None, dense: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Runs of columns of `pooled`, which are all of them, then `dense`; cast on the way.
+def side_by_side(
+    pooled: Tensor, blocks: Sequence[Sequence[Run]], scales: Tensor | None, dense: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """For every block its runs of columns of `pooled`, then `dense`; cast on the way. Every column of `pooled` is in one run.
 
-    pooled (B, D), scales (S, B), dense (B, N) → (B, D + N)
+    pooled (B, D), scales (S, B), dense (B, N) → as many (B, width of the block's runs + N)
     """
-    return _SideBySide.apply(pooled, tuple(runs), scales, dense, dtype or pooled.dtype)
+    return _SideBySide.apply(pooled, tuple(map(tuple, blocks)), scales, dense, dtype or pooled.dtype)
 
 
 def _cast(*tensors: Tensor) -> list[Tensor]:
@@ -101,28 +103,35 @@ class _LinearReLU(torch.autograd.Function):
 
 class _SideBySide(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pooled: Tensor, runs: tuple[Run, ...], scales: Tensor | None, dense: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.runs, ctx.scales, ctx.like = runs, scales, (pooled.shape, pooled.dtype)
-        out = dense.new_empty(len(dense), sum(r.width for r in runs) + dense.shape[1], dtype=dtype)
-        start = 0
-        for run in runs:
-            columns = pooled[:, run.first : run.first + run.width]
-            out[:, start : start + run.width] = columns if run.scale is None else columns * scales[run.scale, :, None]  # type: ignore[index]
-            start += run.width
-        out[:, start:] = dense
-        return out
+    def forward(
+        ctx: Any, pooled: Tensor, blocks: tuple[tuple[Run, ...], ...], scales: Tensor | None, dense: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        ctx.blocks, ctx.scales, ctx.like = blocks, scales, (pooled.shape, pooled.dtype)
+        outs = []
+        for runs in blocks:
+            out = dense.new_empty(len(dense), sum(r.width for r in runs) + dense.shape[1], dtype=dtype)
+            start = 0
+            for run in runs:
+                columns = pooled[:, run.first : run.first + run.width]
+                out[:, start : start + run.width] = columns if run.scale is None else columns * scales[run.scale, :, None]  # type: ignore[index]
+                start += run.width
+            out[:, start:] = dense
+            outs.append(out)
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         shape, dtype = ctx.like
-        of_pooled, start = gradient.new_empty(shape, dtype=dtype), 0
-        for run in ctx.runs:
-            columns = gradient[:, start : start + run.width]
-            if run.scale is not None:
-                columns = columns * ctx.scales[run.scale, :, None]
-            of_pooled[:, run.first : run.first + run.width] = columns
-            start += run.width
+        of_pooled = gradients[0].new_empty(shape, dtype=dtype)
+        for runs, gradient in zip(ctx.blocks, gradients, strict=True):
+            start = 0
+            for run in runs:
+                columns = gradient[:, start : start + run.width]
+                if run.scale is not None:
+                    columns = columns * ctx.scales[run.scale, :, None]
+                of_pooled[:, run.first : run.first + run.width] = columns
+                start += run.width
         return of_pooled, None, None, None, None
 
 

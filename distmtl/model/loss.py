@@ -1,8 +1,7 @@
-"""The joint loss L = Σ λᵢ·Lᵢ over the tasks, exact over all ranks."""
+"""The joint loss L = Σ λᵢ·Lᵢ over the tasks and what their heads add, exact over all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,33 +10,87 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distmtl.batch import Batch
-from distmtl.config import BinaryTask, TaskConfig
+from distmtl.config import AITMConfig, Config, ESCM2Config
+from distmtl.model.escm2 import counterfactual
+from distmtl.model.funnel import joint_labels, joint_logit, lineage
+from distmtl.model.kinds import places, row_loss
 
 
 @dataclass
 class StepNumbers:
-    """What a step tells the loop, on the device, detached."""
+    """What a step tells the loop, on the device, detached. K terms: the tasks' losses, then what the head adds."""
 
     step: int
-    losses: Tensor  # (T,) mean loss of every task over all ranks, 0 where nothing is known
-    weights: Tensor  # (T,) summed weights of every task over all ranks
-    non_finite: Tensor  # (T,) rows over all ranks whose loss counts and is not finite
+    losses: Tensor  # (K,) mean of every term over all ranks, 0 where nothing is known
+    weights: Tensor  # (K,) summed weights of every term over all ranks
+    non_finite: Tensor  # (K,) rows over all ranks whose loss counts and is not finite
     failed: Tensor  # () ranks whose reader failed
     bad_rows: Tensor  # (B,) this rank's row numbers where `non_finite` counted one, else -1
     trained: Tensor  # () bool, equal on all ranks: the step's update is made
     error: str | None  # why this rank's reader failed
 
 
-def task_losses(logits: Tensor, labels: Tensor, tasks: Sequence[TaskConfig]) -> Tensor:
-    """Loss of every row and task: binary cross-entropy (nats) or ½(ŷ - y)². (B, T), (B, T) → (B, T), float32."""
-    logits = logits.float()
-    columns = [
-        F.binary_cross_entropy_with_logits(logits[:, t], labels[:, t], reduction="none")
-        if isinstance(task, BinaryTask)
-        else 0.5 * (logits[:, t] - labels[:, t]) ** 2
-        for t, task in enumerate(tasks)
-    ]
-    return torch.stack(columns, dim=1)
+class Terms:
+    """The errors that are averaged, row by row: one per task, then the head's own.
+
+    names, coefficients: of the K terms; the tasks' coefficients are their weights λ.
+    """
+
+    def __init__(self, config: Config):
+        self.config, self.places = config, places(config)
+        self.spaces = [config.space(t) for t in config.tasks]
+        self.lineages = [lineage(config, t) for t in range(len(config.tasks))]
+        self.funnel = any(s in ("entire", "joint") for s in self.spaces)
+        terms = [(t.name, t.weight) for t in config.tasks]
+        model = config.model
+        if isinstance(model, ESCM2Config):
+            for task in (t for t, s in zip(config.tasks, self.spaces, strict=True) if s == "entire"):
+                terms.append((f"{task.name} {model.method}", task.weight * model.weight))
+                if model.method == "dr":
+                    terms.append((f"{task.name} imputation", task.weight * model.weight))
+        if isinstance(model, AITMConfig) and model.calibrator:
+            terms += [(f"{task.name} calibrator", task.weight * model.calibrator) for task in config.tasks if config.space(task) == "joint"]
+        self.names = [name for name, _ in terms]
+        self.coefficients = [float(c) for _, c in terms]
+
+    def __call__(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Outputs (B, O) → errors (B, K) and their weights (B, K): 0 where a row does not count, and its error is then 0."""
+        outputs, known = outputs.float(), batch.weights > 0
+        labels = torch.where(known, batch.labels, 0.0)  # 0 · NaN is NaN: what is masked must not even be computed with
+        joint, joint_weights = joint_labels(self.config, labels, batch.weights) if self.funnel else (labels, batch.weights)
+        logits = [outputs[:, p.start] for p in self.places]
+        errors, weights = [], []
+        for t, (task, space) in enumerate(zip(self.config.tasks, self.spaces, strict=True)):
+            if space in ("entire", "joint"):
+                logit = joint_logit([logits[i] for i in self.lineages[t]])
+                errors.append(F.binary_cross_entropy_with_logits(logit, joint[:, t], reduction="none"))
+                weights.append(joint_weights[:, t])
+            else:
+                extra = None if batch.extras is None else torch.where(known[:, t], batch.extras[:, t], 0.0)
+                errors.append(row_loss(task, outputs[:, self.places[t]], labels[:, t], extra))
+                weights.append(batch.weights[:, t])
+        more: list[tuple[Tensor, Tensor]] = []
+        if isinstance(self.config.model, ESCM2Config):
+            more = counterfactual(self.config, self.config.model, outputs, labels, batch.weights, joint_weights, self.lineages)
+        if isinstance(self.config.model, AITMConfig) and self.config.model.calibrator:
+            more = self._order(logits, joint_weights)
+        for error, weight in more:
+            errors.append(error)
+            weights.append(weight)
+        weight = torch.stack(weights, dim=1)
+        return torch.where(weight > 0, torch.stack(errors, dim=1), 0.0), weight
+
+    def _order(self, logits: list[Tensor], weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """AITM's calibrator (Xi et al. 2021, eq. 13): how much a task is likelier than its parents, where both are known."""
+        out = []
+        for t, task in enumerate(self.config.tasks):
+            if self.spaces[t] != "joint":
+                continue
+            parents = [self.config.task(p) for p in task.parents]
+            excess = sum(F.relu(logits[t].sigmoid() - logits[p].sigmoid()) for p in parents)
+            known = torch.stack([weights[:, i] for i in (t, *parents)]).amin(0)
+            out.append((torch.as_tensor(excess), known))
+        return out
 
 
 class JointLoss(nn.Module):
@@ -46,33 +99,33 @@ class JointLoss(nn.Module):
     Gradients are summed over ranks later, by TorchRec for tables, by Optimizers for the rest. A non-finite loss or a failed
     reader, on any rank, gives every rank zero gradient.
 
-    forward: logits (B, T), batch → scalar loss of this rank, StepNumbers
+    forward: outputs (B, O), batch → scalar loss of this rank, StepNumbers
     """
 
-    def __init__(self, tasks: Sequence[TaskConfig]):
+    def __init__(self, config: Config):
         super().__init__()
-        self.tasks = tuple(tasks)
-        self.register_buffer("task_weights", torch.tensor([float(t.weight) for t in tasks]), persistent=False)
-        self.task_weights: Tensor
+        self.terms = Terms(config)
+        self.register_buffer("coefficients", torch.tensor(self.terms.coefficients), persistent=False)
+        self.coefficients: Tensor
         self.trained = torch.tensor(True)  # of the last forward: the optimizer looks here before it steps
 
-    def forward(self, logits: Tensor, batch: Batch) -> tuple[Tensor, StepNumbers]:
-        known = batch.weights > 0
-        bad = known & ~torch.isfinite(logits.detach())
-        labels = torch.where(known, batch.labels, 0.0)  # 0 · NaN is NaN: what is masked must not even be computed with
-        errors = task_losses(torch.where(torch.isfinite(logits), logits, 0.0), labels, self.tasks)
-        bad |= known & ~torch.isfinite(errors.detach())
-        sums = (torch.where(known, errors, 0.0) * batch.weights).sum(0)
+    def forward(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, StepNumbers]:
+        finite = torch.isfinite(outputs)
+        errors, weights = self.terms(torch.where(finite, outputs, 0.0), batch)
+        bad = (weights > 0) & ~torch.isfinite(errors.detach())
+        for t, place in enumerate(self.terms.places):
+            bad[:, t] |= (weights[:, t] > 0) & ~finite[:, place].all(1)
+        sums = (torch.where(bad, 0.0, errors) * weights).sum(0)
 
         failed = sums.new_tensor([float(batch.error is not None)])
-        shared = torch.cat([sums.detach(), batch.weights.sum(0), bad.sum(0), failed]).double()
+        shared = torch.cat([sums.detach(), weights.detach().sum(0), bad.sum(0), failed]).double()
         if dist.is_initialized():
             dist.all_reduce(shared)
         total, weight, non_finite = shared[:-1].view(3, -1)
         self.trained = (non_finite.sum() == 0) & (shared[-1] == 0)
 
         share = torch.where(weight > 0, 1.0 / weight.clamp(min=1e-30), 0.0)
-        loss = (sums * share.float() * self.task_weights).sum()
+        loss = (sums * share.float() * self.coefficients).sum()
         bad_rows = torch.where(bad.any(1), batch.rows, -1)
         numbers = StepNumbers(batch.step, total * share, weight, non_finite, shared[-1], bad_rows, self.trained, batch.error)
         return torch.where(self.trained, loss, 0.0), numbers

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from distmtl.model.experts import Experts, Gate, gates
 from distmtl.model.kernels import mix
+from distmtl.model.layout import Features
 
 
 class MMoE(nn.Module):
     """Task t gets Σₑ gₜₑ(x)·fₑ(x), g = softmax(Wₜx + bₜ).
 
-    forward: (B, width) → T tensors (B, H)
+    forward: Features → T tensors (B, H)
     """
 
     def __init__(self, width: int, num_tasks: int, num_experts: int, expert: Sequence[int], dropout: float = 0.0):
@@ -22,5 +23,5 @@ class MMoE(nn.Module):
         self.experts = Experts(num_experts, width, expert, dropout)
         self.gates = nn.ModuleList(Gate(width, num_experts) for _ in range(num_tasks))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return mix(gates(self.gates, x), self.experts(x))
+    def forward(self, features: Features) -> list[Tensor]:
+        return mix(gates(self.gates, features.x), self.experts(features.x))

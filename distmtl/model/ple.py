@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from distmtl.model.experts import Experts, Gate
 from distmtl.model.kernels import mix
+from distmtl.model.layout import Features
 
 
 class CGC(nn.Module):
@@ -36,7 +37,7 @@ class CGC(nn.Module):
 class PLE(nn.Module):
     """Levels of CGC; the first one's inputs are all the feature vector.
 
-    forward: (B, width) → T tensors (B, H)
+    forward: Features → T tensors (B, H)
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class PLE(nn.Module):
         )
         self.num_tasks = num_tasks
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        xs = [x] * (self.num_tasks + 1)
+    def forward(self, features: Features) -> list[Tensor]:
+        xs = [features.x] * (self.num_tasks + 1)
         for level in self.levels:
             xs = level(xs)
         return xs

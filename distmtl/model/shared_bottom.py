@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from distmtl.model.experts import Experts
+from distmtl.model.layout import Features
 
 
 class SharedBottom(nn.Module):
-    """forward: (B, width) → T times the same (B, H)"""
+    """forward: Features → T times the same (B, H)"""
 
     def __init__(self, width: int, num_tasks: int, bottom: Sequence[int], dropout: float = 0.0):
         super().__init__()
         self.num_tasks, self.output_width = num_tasks, bottom[-1]
         self.bottom = Experts(1, width, bottom, dropout)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return self.bottom(x) * self.num_tasks
+    def forward(self, features: Features) -> list[Tensor]:
+        return self.bottom(features.x) * self.num_tasks

@@ -1,0 +1,85 @@
+"""Every knob of a run, typed, frozen and checked against each other. config_file.py reads it from YAML."""
+
+from distmtl.config.base import (
+    Strict,
+    did_you_mean,
+)
+from distmtl.config.features import (
+    RESERVED,
+    BucketFeature,
+    DataConfig,
+    Embedded,
+    Feature,
+    IdFeature,
+    NumericFeature,
+    VectorFeature,
+)
+from distmtl.config.heads import (
+    AITMConfig,
+    CGCConfig,
+    CrossConfig,
+    DBMTLConfig,
+    DotConfig,
+    ESCM2Config,
+    ESMMConfig,
+    HeadConfig,
+    HoMEConfig,
+    InteractionConfig,
+    MMoEConfig,
+    Network,
+    OMoEConfig,
+    PEPNetConfig,
+    PLEConfig,
+    PluginHeadConfig,
+    SharedBottomConfig,
+    SingleTaskConfig,
+    STARConfig,
+    STEMConfig,
+)
+from distmtl.config.tables import (
+    AdagradTable,
+    AdamTable,
+    RowWiseAdagradTable,
+    SgdTable,
+    ShardingConfig,
+    TableConfig,
+    TableOptimizer,
+)
+from distmtl.config.tasks import (
+    BinaryTask,
+    Delay,
+    DelayedFeedback,
+    FakeNegativeWeighted,
+    LognormalTask,
+    MulticlassTask,
+    OrdinalTask,
+    QuantileTask,
+    RegressionTask,
+    Space,
+    Task,
+    TaskConfig,
+    WatchTimeTask,
+)
+from distmtl.config.training import (
+    AdagradDense,
+    AdamDense,
+    AdamWDense,
+    ClusterConfig,
+    DenseOptimizer,
+    EarlyStopping,
+    EvaluationConfig,
+    NonFiniteConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    RunConfig,
+    ScheduleConfig,
+    SgdDense,
+    StaticWeighting,
+    TrainConfig,
+    WeightingConfig,
+    Workers,
+)
+from distmtl.config.whole import (
+    MONITORS,
+    Config,
+)

@@ -1,0 +1,132 @@
+"""Where the rows are, and what of them the model sees."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from distmtl.config.base import Name, Strict
+
+
+class DataConfig(Strict):
+    """Where the rows are and in which order they are trained (docs/data.md)."""
+
+    train: str = Field(description="Parquet file, folder of Parquet files, or glob.")
+    validation: str | None = Field(None, description="Decides early stopping and the best checkpoint.")
+    test: str | None = Field(None, description="Evaluated once, at the end, with the best checkpoint.")
+    group: str | None = Field(None, description="Column whose values group the rows for GAUC (user or session id).")
+    weight: str | None = Field(None, description="Column of non-negative sample weights.")
+    max_contradictions: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.001,
+        description="Share of rows that may contradict themselves, a conversion without its click: left out, and refused above.",
+    )
+    num_streams: PositiveInt = Field(16, description="Equal cuts of an epoch; workers own whole streams, so it bounds their number.")
+    shuffle: bool = Field(True, description="Shuffle row groups and rows within windows, anew every epoch.")
+    shuffle_window: PositiveInt = Field(8192, description="Rows of a stream that are permuted together.")
+    prefetch: PositiveInt = Field(2, description="Batches decoded ahead in the background.")
+
+
+# TorchRec keeps tables in an nn.ModuleDict, whose own attributes cannot be keys; a feature of such a name reads NAME_table.
+RESERVED = frozenset(
+    (
+        "add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "clear", "compile", "cpu", "cuda", "double",
+        "dump_patches", "eval", "extra_repr", "float", "forward", "get_buffer", "get_extra_state", "get_parameter",
+        "get_submodule", "half", "ipu", "items", "keys", "load_state_dict", "modules", "mtia", "named_buffers", "named_children",
+        "named_modules", "named_parameters", "parameters", "pop", "register_backward_hook", "register_buffer",
+        "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook",
+        "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook", "register_module", "register_parameter",
+        "register_state_dict_post_hook", "register_state_dict_pre_hook", "requires_grad_", "set_extra_state", "set_submodule",
+        "share_memory", "state_dict", "to", "to_empty", "train", "training", "type", "update", "values", "xpu", "zero_grad",
+        "T_destination",
+    )
+)  # fmt: skip
+
+
+class Embedded(Strict):
+    name: Name = Field(description="Feature name; the Parquet column too, unless `column` says otherwise.")
+    column: str | None = Field(None, description="Parquet column, where it differs from the name.")
+    dim: PositiveInt = Field(16, description="Embedding width; a multiple of 4.")
+    table: Name | None = Field(None, description="Table read; features with the same table share it. Defaults to the feature's name.")
+
+    @property
+    def table_name(self) -> str:
+        return self.table or (f"{self.name}_table" if self.name in RESERVED else self.name)
+
+    @property
+    def source(self) -> str:
+        return self.column or self.name
+
+    @model_validator(mode="after")
+    def _width(self):
+        if self.dim % 4:
+            raise ValueError(f"feature {self.name!r}: dim {self.dim} is not a multiple of 4, which FBGEMM needs")
+        return self
+
+
+class IdFeature(Embedded):
+    """Integer or string ids, one per row or a list per row (a bag). A null is an empty bag."""
+
+    kind: Literal["id"] = "id"
+    rows: PositiveInt = Field(description="Rows of the table; ids are 0 … rows-1.")
+    pooling: Literal["sum", "mean"] = Field("sum", description="How the ids of a list become one vector.")
+    out_of_range: Literal["error", "hash", "clip"] = Field(
+        "error", description="Ids outside the table: refuse, hash into it, or use its last row. Strings are always hashed."
+    )
+
+
+class BucketFeature(Embedded):
+    """A number looked up by its bucket: row 0 for null, row i+1 for boundaries[i-1] <= x < boundaries[i]."""
+
+    kind: Literal["bucket"]
+    boundaries: tuple[float, ...] = Field(min_length=1, description="Increasing bucket edges.")
+    dim: PositiveInt = 8
+
+    @property
+    def rows(self) -> int:
+        return len(self.boundaries) + 2
+
+    @property
+    def pooling(self) -> str:
+        return "sum"
+
+    @model_validator(mode="after")
+    def _increasing(self):
+        if any(b <= a for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
+            raise ValueError(f"feature {self.name!r}: boundaries must increase")
+        return self
+
+
+class NumericFeature(Strict):
+    """A number used as it is: (log1p if `log`) then (x - mean) / std. A null becomes the mean."""
+
+    kind: Literal["numeric"]
+    name: Name
+    column: str | None = None
+    log: bool = Field(False, description="Take sign(x)·log(1+|x|) first; mean and std are those of the logarithm.")
+    mean: float = 0.0
+    std: PositiveFloat = 1.0
+
+    @property
+    def width(self) -> int:
+        return 1
+
+    @property
+    def source(self) -> str:
+        return self.column or self.name
+
+
+class VectorFeature(Strict):
+    """A fixed-size list of floats, such as a pretrained image or text embedding. A null becomes zeros."""
+
+    kind: Literal["vector"]
+    name: Name
+    column: str | None = None
+    width: PositiveInt = Field(description="Length of every list.")
+
+    @property
+    def source(self) -> str:
+        return self.column or self.name
+
+
+Feature = Annotated[IdFeature | BucketFeature | NumericFeature | VectorFeature, Field(discriminator="kind")]

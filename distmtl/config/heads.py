@@ -1,0 +1,206 @@
+"""The heads: what is shared between the tasks, and how (docs/models.md)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from distmtl.config.base import Name, Share, Strict, Unit, Widths
+
+
+class SingleTaskConfig(Strict):
+    """One network per task over the same embeddings, no dense layer shared."""
+
+    kind: Literal["single_task"]
+    bottom: Widths = Field((256, 128), min_length=1)
+    dropout: Unit = 0.0
+
+
+class SharedBottomConfig(Strict):
+    kind: Literal["shared_bottom"]
+    bottom: Widths = Field((256, 128), min_length=1)
+    dropout: Unit = 0.0
+
+
+class OMoEConfig(Strict):
+    """MMoE with one gate for all tasks."""
+
+    kind: Literal["omoe"]
+    num_experts: PositiveInt = 4
+    expert: Widths = Field((256, 128), min_length=1)
+    dropout: Unit = 0.0
+
+
+class MMoEConfig(Strict):
+    """Ma et al. 2018: shared experts, one softmax gate per task."""
+
+    kind: Literal["mmoe"] = "mmoe"
+    num_experts: PositiveInt = 4
+    expert: Widths = Field((256, 128), min_length=1)
+    dropout: Unit = 0.0
+
+
+class PLEConfig(Strict):
+    """Tang et al. 2020: shared and task-specific experts, level by level. One level is CGC."""
+
+    kind: Literal["ple"]
+    num_levels: PositiveInt = 2
+    shared_experts: NonNegativeInt = 2
+    task_experts: NonNegativeInt = 2
+    expert: Widths = Field((128,), min_length=1)
+    dropout: Unit = 0.0
+
+    @model_validator(mode="after")
+    def _some_experts(self):
+        if not self.shared_experts + self.task_experts:
+            raise ValueError("a PLE needs experts: set shared_experts or task_experts above 0")
+        if not self.shared_experts and self.num_levels > 1:
+            raise ValueError("a PLE of several levels needs shared_experts above 0: its shared gate has nothing to pass on")
+        return self
+
+
+class CGCConfig(Strict):
+    """PLE with a single level."""
+
+    kind: Literal["cgc"]
+    shared_experts: NonNegativeInt = 2
+    task_experts: NonNegativeInt = 2
+    expert: Widths = Field((256, 128), min_length=1)
+    dropout: Unit = 0.0
+
+    @model_validator(mode="after")
+    def _some_experts(self):
+        if not self.shared_experts + self.task_experts:
+            raise ValueError("a CGC needs experts: set shared_experts or task_experts above 0")
+        return self
+
+
+class PluginHeadConfig(Strict):
+    """A head from the user's own package: called as Target(width, num_tasks, **args), a module (B, width) → T tensors (B, H)."""
+
+    kind: Literal["plugin"]
+    target: str = Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:Name")
+    args: dict[str, Any] = {}
+
+
+Network = Annotated[
+    SingleTaskConfig | SharedBottomConfig | OMoEConfig | MMoEConfig | CGCConfig | PLEConfig | PluginHeadConfig, Field(discriminator="kind")
+]
+
+
+class ESMMConfig(Strict):
+    """Ma et al. 2018: tasks with parents are trained through P(parent)·P(task | parent) on all impressions."""
+
+    kind: Literal["esmm"]
+    network: Network = Field(SingleTaskConfig(kind="single_task"), description="What the tasks share below their towers.")
+
+
+class ESCM2Config(Strict):
+    """Wang et al. 2022: ESMM, and a loss of the conditional task whose selection bias is weighted away."""
+
+    kind: Literal["escm2"]
+    network: Network = Field(SingleTaskConfig(kind="single_task"), description="What the tasks share below their towers.")
+    method: Literal["ipw", "dr"] = Field("ipw", description="Inverse propensity weighting, or doubly robust with an imputation tower.")
+    weight: NonNegativeFloat = Field(0.1, description="Of that loss, times the task's own weight.")
+    min_propensity: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-3
+    max_weight: PositiveFloat = Field(50.0, description="Cap of 1/propensity.")
+    self_normalised: bool = Field(False, description="IPW: divide by the sum of the weights instead of the rows (SNIPS).")
+
+
+class AITMConfig(Strict):
+    """Xi et al. 2021: a task attends to what its parents pass on. Its tasks with parents have space joint."""
+
+    kind: Literal["aitm"]
+    bottom: Widths = Field((256, 128), min_length=1)
+    dropout: Unit = 0.0
+    calibrator: NonNegativeFloat = Field(0.6, description="Weight of mean(max(P(task) - P(parent), 0)).")
+
+
+class DBMTLConfig(Strict):
+    """Wang et al. 2019: a shared bottom, then a network per task that also reads its parents' representation."""
+
+    kind: Literal["dbmtl"]
+    bottom: Widths = Field((256,), min_length=1)
+    task: Widths = Field((128,), min_length=1, description="Of every task, over the bottom.")
+    relation: Widths = Field((64,), min_length=1, description="Of every task, over its own and its parents' representation.")
+    detach_parents: bool = Field(False, description="No gradient of a task into its parents' networks.")
+    dropout: Unit = 0.0
+
+
+class STEMConfig(Strict):
+    """Su et al. 2024: embeddings of each task's own beside shared ones; gates see all experts, only one's own get gradient."""
+
+    kind: Literal["stem"]
+    shared_experts: PositiveInt = 1
+    task_experts: PositiveInt = 1
+    expert: Widths = Field((256, 128), min_length=1)
+    dropout: Unit = 0.0
+
+
+class HoMEConfig(Strict):
+    """Wang et al. 2024: groups of tasks, normalised experts, gates on features, gates of one's own."""
+
+    kind: Literal["home"]
+    groups: tuple[tuple[Name, ...], ...] = Field((), description="Tasks that resemble each other; default: all in one.")
+    experts: PositiveInt = Field(2, description="Of all tasks together, of every group and of every task.")
+    expert: Widths = Field((128,), min_length=1)
+    feature_rank: PositiveInt = Field(16, description="Rank of the gates on features.")
+
+
+class STARConfig(Strict):
+    """Sheng et al. 2021: every domain's weights are the shared ones times its own."""
+
+    kind: Literal["star"]
+    domain: Name = Field(description="Id feature whose value, 0 … rows-1, is a row's domain: one per row.")
+    bottom: Widths = Field((256, 128), min_length=1)
+    auxiliary: Widths = Field((32,), min_length=1, description="Network of the domain's embedding, beside the main one.")
+    momentum: Share = Field(0.01, description="Of the running statistics of the partitioned normalisation.")
+
+
+class PEPNetConfig(Strict):
+    """Chang et al. 2023: gates by domain on the embeddings, gates by user and item on every layer."""
+
+    kind: Literal["pepnet"]
+    domain_features: tuple[Name, ...] = Field(min_length=1, description="Features that say which domain; EPNet's gate reads them.")
+    gate_features: tuple[Name, ...] = Field(min_length=1, description="User, item, author …; PPNet's gates read them.")
+    tower: Widths = Field((256, 128), min_length=1, description="Of every task, gated layer by layer.")
+    gate_hidden: PositiveInt = 64
+    dropout: Unit = 0.0
+
+
+HeadConfig = Annotated[
+    SingleTaskConfig
+    | SharedBottomConfig
+    | OMoEConfig
+    | MMoEConfig
+    | CGCConfig
+    | PLEConfig
+    | ESMMConfig
+    | ESCM2Config
+    | AITMConfig
+    | DBMTLConfig
+    | STEMConfig
+    | HoMEConfig
+    | STARConfig
+    | PEPNetConfig
+    | PluginHeadConfig,
+    Field(discriminator="kind"),
+]
+
+
+class CrossConfig(Strict):
+    """DCNv2 (Wang et al. 2021): xₗ₊₁ = x₀ ⊙ (Wₗxₗ + bₗ) + xₗ."""
+
+    kind: Literal["cross"]
+    layers: PositiveInt = 2
+    rank: PositiveInt | None = Field(None, description="W as a product of two matrices of this rank; default: a full one.")
+
+
+class DotConfig(Strict):
+    """DLRM (Naumov et al. 2019): dot products of all pairs of embeddings, beside the features themselves."""
+
+    kind: Literal["dot"]
+
+
+InteractionConfig = Annotated[CrossConfig | DotConfig, Field(discriminator="kind")]

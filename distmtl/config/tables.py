@@ -1,0 +1,63 @@
+"""How the tables are sharded and trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+
+from distmtl.config.base import Precision, Strict, Unit
+
+ShardingType = Literal["table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"]
+
+
+class SgdTable(Strict):
+    kind: Literal["sgd"]
+    lr: PositiveFloat = 0.05
+
+
+class AdagradTable(Strict):
+    kind: Literal["adagrad"]
+    lr: PositiveFloat = 0.05
+    eps: PositiveFloat = 1e-8
+
+
+class RowWiseAdagradTable(Strict):
+    kind: Literal["rowwise_adagrad"] = "rowwise_adagrad"
+    lr: PositiveFloat = 0.05
+    eps: PositiveFloat = 1e-8
+
+
+class AdamTable(Strict):
+    """CUDA only: FBGEMM has no CPU kernel for it."""
+
+    kind: Literal["adam"]
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Unit, Unit] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
+TableOptimizer = Annotated[SgdTable | AdagradTable | RowWiseAdagradTable | AdamTable, Field(discriminator="kind")]
+
+
+class TableConfig(Strict):
+    """What a table has of its own; everything else follows from `sharding` and `optimizer.tables`."""
+
+    sharding: tuple[ShardingType, ...] | None = Field(None, description="Sharding types the planner may choose for this table.")
+    optimizer: TableOptimizer | None = None
+    init_scale: PositiveFloat | None = Field(None, description="Initial weights are uniform in ±init_scale.")
+
+
+class ShardingConfig(Strict):
+    """What TorchRec's planner may choose from."""
+
+    types: tuple[ShardingType, ...] = Field(
+        ("table_wise", "row_wise"), min_length=1, description="Allowed for every table without its own list."
+    )
+    row_wise_above_mb: NonNegativeFloat = Field(
+        1.0, description="Smaller tables are never row-wise: their ids would cost more messages than the memory they spread."
+    )
+    init_scale: PositiveFloat = Field(0.05, description="Initial table weights are uniform in ±init_scale.")
+    exchange: Precision = Field(
+        "fp32", description="In which pooled vectors and their gradients travel between workers: bf16 halves the bytes, and costs rounding."
+    )

@@ -1,0 +1,223 @@
+"""Config: a run, its sections checked against each other."""
+
+from __future__ import annotations
+
+from graphlib import CycleError, TopologicalSorter
+from typing import get_args
+
+from pydantic import Field, model_validator
+
+from distmtl.config.base import Name, Strict, did_you_mean
+from distmtl.config.features import RESERVED, BucketFeature, DataConfig, Feature, IdFeature, NumericFeature, VectorFeature
+from distmtl.config.heads import (
+    ESCM2Config,
+    ESMMConfig,
+    HeadConfig,
+    HoMEConfig,
+    InteractionConfig,
+    MMoEConfig,
+    PEPNetConfig,
+    STARConfig,
+    STEMConfig,
+)
+from distmtl.config.tables import AdagradTable, AdamTable, RowWiseAdagradTable, SgdTable, ShardingConfig, TableConfig
+from distmtl.config.tasks import BinaryTask, Space, TaskConfig
+from distmtl.config.training import (
+    ClusterConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+    StaticWeighting,
+    TrainConfig,
+    WeightingConfig,
+)
+
+MONITORS = ("loss", *dict.fromkeys(m for kind in get_args(get_args(TaskConfig)[0]) for m in kind.metrics))
+
+
+class Config(Strict):
+    """A run. Everything it depends on is here."""
+
+    name: Name
+    data: DataConfig
+    features: tuple[Feature, ...] = Field(min_length=1)
+    tables: dict[str, TableConfig] = {}
+    sharding: ShardingConfig = ShardingConfig()
+    interaction: InteractionConfig | None = Field(None, description="Feature crosses, before the head.")
+    model: HeadConfig = MMoEConfig()
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    weighting: WeightingConfig = StaticWeighting()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def embedded(self) -> tuple[IdFeature | BucketFeature, ...]:
+        """Features that read a table, in the order of the config."""
+        return tuple(f for f in self.features if isinstance(f, IdFeature | BucketFeature))
+
+    @property
+    def dense(self) -> tuple[NumericFeature | VectorFeature, ...]:
+        """Features used as numbers, in the order of the config."""
+        return tuple(f for f in self.features if isinstance(f, NumericFeature | VectorFeature))
+
+    @property
+    def domain(self) -> str | None:
+        """The feature that is a row's domain."""
+        return self.model.domain if isinstance(self.model, STARConfig) else None
+
+    @property
+    def copies(self) -> int:
+        """Embeddings that a row of a table holds, each as wide as its features' dim: with STEM one per task and a shared one."""
+        return len(self.tasks) + 1 if isinstance(self.model, STEMConfig) else 1
+
+    @property
+    def run_dir(self) -> str:
+        return self.run.dir or f"runs/{self.name}"
+
+    def task(self, name: str) -> int:
+        """Place of a task among the tasks."""
+        return next(t for t, task in enumerate(self.tasks) if task.name == name)
+
+    def space(self, task: TaskConfig) -> Space:
+        """The rows a task is trained on, and what its output means (Task.space)."""
+        if task.space or not task.parents:
+            return task.space or "labelled"
+        implied: dict[str, Space] = {"esmm": "entire", "escm2": "entire", "aitm": "joint"}
+        return implied.get(self.model.kind, "observed")
+
+    @property
+    def by_descent(self) -> list[int]:
+        """Places of the tasks, parents before their children."""
+        names = [t.name for t in self.tasks]
+        return [names.index(n) for n in TopologicalSorter({t.name: t.parents for t in self.tasks}).static_order()]
+
+    @property
+    def tables_read(self) -> dict[str, tuple[int, int]]:
+        """Table → its rows and columns."""
+        return {f.table_name: (f.rows, f.dim * self.copies) for f in self.embedded}
+
+    def table_optimizer(self, table: str) -> SgdTable | AdagradTable | RowWiseAdagradTable | AdamTable:
+        return getattr(self.tables.get(table), "optimizer", None) or self.optimizer.tables
+
+    def init_scale(self, table: str) -> float:
+        return getattr(self.tables.get(table), "init_scale", None) or self.sharding.init_scale
+
+    @model_validator(mode="after")
+    def _agree(self):
+        mistakes = [*_clashes(self), *_descent(self), *_named_by_head(self), *_sizes(self)]
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+
+def _clashes(config: Config) -> list[str]:
+    """Names used twice, tables that disagree, columns that leak a label."""
+    out: list[str] = []
+    for what, names in (("feature", [f.name for f in config.features]), ("task", [t.name for t in config.tasks])):
+        out += [
+            f"{what} {n!r} is listed {names.count(n)} times; names must differ" for n in sorted({n for n in names if names.count(n) > 1})
+        ]
+    tables: dict[str, IdFeature | BucketFeature] = {}
+    for f in config.embedded:
+        first = tables.setdefault(f.table_name, f)
+        if first.name != f.name and (first.rows, first.dim) != (f.rows, f.dim):
+            out.append(
+                f"table {f.table_name!r}: feature {f.name!r} wants {f.rows} rows x {f.dim} columns, feature {first.name!r} wants "
+                f"{first.rows} x {first.dim}; give both the same size or different tables"
+            )
+    out += [f"table {n!r}: TorchRec cannot have a table of this name; choose another" for n in sorted(RESERVED & tables.keys())]
+    for t in config.tables:
+        if t not in tables:
+            out.append(f"tables.{t}: no feature reads a table of this name{did_you_mean(t, tables)}")
+    labels = {t.column: t.name for t in config.tasks}
+    out += [
+        f"feature {f.name!r} reads column {f.source!r}, the label of task {labels[f.source]!r}"
+        for f in config.features
+        if f.source in labels
+    ]
+    for name in tables:
+        own = config.tables[name].sharding if name in config.tables else None
+        allowed = own or config.sharding.types
+        split = {"column_wise", "grid_shard"} & set(allowed)
+        if split and config.table_optimizer(name).kind == "rowwise_adagrad" and (own or set(allowed) <= split):
+            out.append(
+                f"table {name!r}: {' and '.join(sorted(split))} cannot train with rowwise_adagrad, whose one momentum per row would differ "
+                "in every column shard; choose adagrad or sgd, or another sharding type"
+            )
+    return out
+
+
+def _descent(config: Config) -> list[str]:
+    """Parents that are unknown, in a circle, or cannot be parents."""
+    tasks = {t.name: t for t in config.tasks}
+    out = []
+    for t in config.tasks:
+        out += [f"task {t.name!r}: no task {p!r} to be its parent{did_you_mean(p, tasks)}" for p in t.parents if p not in tasks]
+        if t.space in ("observed", "entire", "joint") and not t.parents:
+            out.append(f"task {t.name!r}: space {t.space} is about its parents, and it has none; name them in parents")
+    if out:
+        return out
+    try:
+        list(TopologicalSorter({t.name: t.parents for t in config.tasks}).static_order())
+    except CycleError as e:
+        return [f"tasks: {' → '.join(reversed(e.args[1]))} is a circle of parents; a task cannot come before itself"]
+    for t in config.tasks:
+        space = config.space(t)
+        if space == "labelled":
+            continue
+        out += [
+            f"task {t.name!r}: its parent {p!r} is of kind {tasks[p].kind}, but space {space} needs a binary one; or set space: labelled"
+            for p in t.parents
+            if not isinstance(tasks[p], BinaryTask)
+        ]
+        if space in ("entire", "joint") and (not isinstance(t, BinaryTask) or t.delay):
+            out.append(f"task {t.name!r}: space {space} is of probabilities: it needs kind binary without delay, or space: observed")
+    if isinstance(config.model, ESMMConfig | ESCM2Config) and not any(config.space(t) == "entire" for t in config.tasks):
+        out.append(f"model {config.model.kind}: no task has space entire; name the parents of the conversion task (parents: [click])")
+    return out
+
+
+def _named_by_head(config: Config) -> list[str]:
+    """Features and tasks that the head names and the config lacks."""
+    model, out = config.model, []
+    features = {f.name: f for f in config.features}
+    if isinstance(model, STARConfig):
+        feature = features.get(model.domain)
+        if not isinstance(feature, IdFeature):
+            out.append(f"model.domain {model.domain!r} is no id feature{did_you_mean(model.domain, features)}")
+    if isinstance(model, PEPNetConfig):
+        named = (*model.domain_features, *model.gate_features)
+        out += [f"model pepnet: no feature {n!r}{did_you_mean(n, features)}" for n in named if n not in features]
+    if isinstance(model, HoMEConfig) and model.groups:
+        names, listed = {t.name for t in config.tasks}, [n for group in model.groups for n in group]
+        out += [f"model.groups: no task {n!r}{did_you_mean(n, names)}" for n in listed if n not in names]
+        out += [
+            f"model.groups: task {n!r} is in {listed.count(n)} groups; it must be in one" for n in sorted(names) if listed.count(n) != 1
+        ]
+    return out
+
+
+def _sizes(config: Config) -> list[str]:
+    out: list[str] = []
+    streams, batch, workers = config.data.num_streams, config.train.global_batch_size, config.cluster.workers.max
+    if batch % streams:
+        out.append(
+            f"train.global_batch_size {batch} is not divisible by data.num_streams {streams}; try {max(batch // streams, 1) * streams}"
+        )
+    if workers > streams:
+        out.append(f"cluster.workers {workers} exceeds data.num_streams {streams}: a worker owns at least one stream; raise num_streams")
+    if config.train.early_stopping and not config.data.validation:
+        out.append("train.early_stopping needs data.validation: there is nothing to watch")
+    if not any(t.weight for t in config.tasks):
+        out.append("every task has weight 0: nothing would be trained")
+    task, _, metric = config.train.monitor.rpartition(".")
+    if task and task not in {t.name for t in config.tasks}:
+        out.append(f"train.monitor {config.train.monitor!r}: no task {task!r}{did_you_mean(task, [t.name for t in config.tasks])}")
+    if metric not in MONITORS:
+        out.append(f"train.monitor {config.train.monitor!r}: {metric!r} is not one of {', '.join(MONITORS)}")
+    elif metric != "loss" and not any(metric in t.metrics for t in config.tasks if task in ("", t.name)):
+        out.append(f"train.monitor {config.train.monitor!r}: no task it covers has that metric")
+    return out

@@ -1,0 +1,120 @@
+"""Head: everything between feature vectors and outputs; and which one a config asks for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmtl.config import (
+    CGCConfig,
+    Config,
+    ESCM2Config,
+    ESMMConfig,
+    MMoEConfig,
+    OMoEConfig,
+    PLEConfig,
+    PluginHeadConfig,
+    SharedBottomConfig,
+    SingleTaskConfig,
+)
+from distmtl.errors import DistmtlError
+from distmtl.model.experts import Output, Tower
+from distmtl.model.kinds import output_layer
+from distmtl.model.layout import Features, Layout
+from distmtl.model.mmoe import MMoE
+from distmtl.model.omoe import OMoE
+from distmtl.model.ple import PLE
+from distmtl.model.shared_bottom import SharedBottom
+from distmtl.model.single_task import SingleTask
+
+
+class Head(nn.Module):
+    """Sharing network and towers, without a table inside.
+
+    forward: Features → outputs (B, O): every task's (kinds.places), then one imputed error per task of space entire under ESCM²-DR;
+    float32 in either precision
+    """
+
+    def __init__(self, config: Config, layout: Layout):
+        super().__init__()
+        self.bf16 = config.train.precision == "bf16"
+        self.sharing = sharing_network(config, layout)
+        width, dropout = self.sharing.output_width, getattr(network_of(config), "dropout", 0.0)
+        self.towers = nn.ModuleList(Tower(width, t.tower, output_layer(t, width_of(t, width)), dropout) for t in config.tasks)
+        self.imputed = imputed(config)
+        self.imputation = nn.ModuleList(
+            Tower(width, t.tower, Output(width_of(t, width)), dropout) for t in (config.tasks[i] for i in self.imputed)
+        )
+
+    def forward(self, features: Features) -> Tensor:
+        with torch.autocast(features.x.device.type, torch.bfloat16, enabled=self.bf16):
+            shared = self.sharing(features)
+            outputs = [tower(h) for tower, h in zip(self.towers, shared, strict=True)]
+            outputs += [tower(shared[t]) for tower, t in zip(self.imputation, self.imputed, strict=True)]
+        return torch.cat(outputs, dim=1)
+
+
+def width_of(task: Any, width: int) -> int:
+    """Of what a tower's last layer reads."""
+    return (width, *task.tower)[-1]
+
+
+def imputed(config: Config) -> list[int]:
+    """The tasks whose error a tower of its own imputes (ESCM²-DR)."""
+    if not isinstance(config.model, ESCM2Config) or config.model.method != "dr":
+        return []
+    return [t for t, task in enumerate(config.tasks) if config.space(task) == "entire"]
+
+
+def network_of(config: Config) -> Any:
+    """What the tasks share: the head itself, or what an entire-space head is built on."""
+    return config.model.network if isinstance(config.model, ESMMConfig | ESCM2Config) else config.model
+
+
+def sharing_network(config: Config, layout: Layout) -> Any:
+    """The network that `model.kind` names. It has `output_width`, and maps Features to T tensors (B, output_width)."""
+    model, width, tasks = network_of(config), layout.width, len(config.tasks)
+    match model:
+        case SingleTaskConfig():
+            return SingleTask(width, tasks, model.bottom, model.dropout)
+        case SharedBottomConfig():
+            return SharedBottom(width, tasks, model.bottom, model.dropout)
+        case OMoEConfig():
+            return OMoE(width, tasks, model.num_experts, model.expert, model.dropout)
+        case MMoEConfig():
+            return MMoE(width, tasks, model.num_experts, model.expert, model.dropout)
+        case CGCConfig():
+            return PLE(width, tasks, 1, model.shared_experts, model.task_experts, model.expert, model.dropout)
+        case PLEConfig():
+            return PLE(width, tasks, model.num_levels, model.shared_experts, model.task_experts, model.expert, model.dropout)
+        case PluginHeadConfig():
+            return Plugin(model, width, tasks)
+
+
+class Plugin(nn.Module):
+    """A user's own network: (B, width) → T tensors (B, output_width).
+
+    Raises:
+        DistmtlError: it cannot be built, or keeps state that is no parameter.
+    """
+
+    def __init__(self, model: PluginHeadConfig, width: int, tasks: int):
+        super().__init__()
+        module, _, name = model.target.partition(":")
+        try:
+            self.network = getattr(importlib.import_module(module), name)(width=width, num_tasks=tasks, **model.args)
+            self.output_width = self.network.output_width  # towers are built on it
+            buffers = sorted(n for n, _ in self.network.named_buffers() if n in self.network.state_dict())
+        except Exception as e:  # the user's own code: anything can happen, and a retry would not mend it
+            raise DistmtlError(f"model.target {model.target!r} cannot be built with args {model.args}: {type(e).__name__}: {e}") from e
+        if buffers:
+            raise DistmtlError(
+                f"model.target {model.target!r} keeps state outside its parameters ({', '.join(buffers[:3])}), which would differ "
+                "between workers; use LayerNorm instead of BatchNorm, or persistent=False"
+            )
+
+    def forward(self, features: Features) -> list[Tensor]:
+        return self.network(features.x)

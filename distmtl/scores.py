@@ -1,0 +1,108 @@
+"""What of a model's outputs is measured: one or more scored columns per task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distmtl.batch import Batch
+from distmtl.config import BinaryTask, Config, LognormalTask, MulticlassTask, OrdinalTask, TaskConfig
+from distmtl.model.funnel import joint_labels, joint_logit, lineage
+from distmtl.model.kinds import places, prediction
+
+
+@dataclass(frozen=True)
+class Column:
+    """A score, a label and a weight of every row, from which metrics of a task are made.
+
+    Args:
+        family: binary: the score is a logit, ranked against the label; value: it is the expected label; mean: it is averaged.
+        prefix: of its metrics' names; with family mean, the whole name.
+    """
+
+    task: str
+    family: Literal["binary", "value", "mean"]
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """(B, C) float32 each: C columns."""
+
+    scores: Tensor
+    labels: Tensor
+    weights: Tensor
+    oracle: Tensor  # true probabilities, NaN where there are none
+
+
+class Scores:
+    """The columns of a config's tasks:
+
+        binary, as its space says     ""        its corrected logit against its label
+        binary of space entire        joint_    P(it and all before it) against whether all happened, on all impressions
+        binary with that column       entire_   its logit against true_probability_entire, on all impressions
+        ordinal, multiclass           accuracy; multiclass: logloss
+        zero-inflated lognormal       positive_ P(y > 0) against whether it is
+        all kinds but multiclass      ""        the expected value
+
+    Args:
+        oracle: columns of true probabilities that the data set has.
+    """
+
+    def __init__(self, config: Config, oracle: list[str | None]):
+        self.config, self.places = config, places(config)
+        self.lineages = [lineage(config, t) for t in range(len(config.tasks))]
+        self.entire = [bool(name) for name in oracle[len(config.tasks) :]] or [False] * len(config.tasks)
+        self.columns = [c for t, task in enumerate(config.tasks) for c in self._columns(t, task)]
+
+    def _columns(self, t: int, task: TaskConfig) -> list[Column]:
+        match task:
+            case BinaryTask():
+                more = [Column(task.name, "binary", "joint_")] if self.config.space(task) == "entire" else []
+                return [Column(task.name, "binary"), *more, *([Column(task.name, "binary", "entire_")] if self.entire[t] else [])]
+            case MulticlassTask():
+                return [Column(task.name, "mean", "accuracy"), Column(task.name, "mean", "logloss")]
+            case OrdinalTask():
+                return [Column(task.name, "value"), Column(task.name, "mean", "accuracy")]
+            case LognormalTask():
+                return [Column(task.name, "value"), Column(task.name, "binary", "positive_")]
+        return [Column(task.name, "value")]
+
+    def __call__(self, outputs: Tensor, batch: Batch) -> Scored:
+        outputs, tasks = outputs.detach().float(), self.config.tasks
+        labels = torch.where(batch.weights > 0, batch.labels, 0.0)
+        joint, joint_weights = joint_labels(self.config, labels, batch.weights)
+        z = [outputs[:, place] for place in self.places]
+        predicted = [prediction(task, z[t], None if batch.extras is None else batch.extras[:, t]) for t, task in enumerate(tasks)]
+        oracle = torch.full((len(outputs), 2 * len(tasks)), torch.nan) if batch.oracle is None else batch.oracle
+        nothing = oracle.new_full((len(outputs),), torch.nan)
+        out: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for t, task in enumerate(tasks):
+            y, w, space = labels[:, t], batch.weights[:, t], self.config.space(task)
+            match task:
+                case BinaryTask():
+                    own = (joint[:, t], joint_weights[:, t]) if space == "joint" else (y, w)
+                    out.append((predicted[t], *own, oracle[:, t]))
+                    if space == "entire":
+                        out.append((joint_logit([predicted[i] for i in self.lineages[t]]), joint[:, t], joint_weights[:, t], nothing))
+                    if self.entire[t]:
+                        truth = oracle[:, len(tasks) + t].to(outputs.device)
+                        known = ~truth.isnan()
+                        weight = torch.where(known, batch.weights.amax(1), 0.0)
+                        out.append((predicted[t], torch.where(known, truth, 0.0), weight, truth))
+                case MulticlassTask():
+                    true = y.long()[:, None]
+                    out.append(((predicted[t].argmax(1) == true[:, 0]).float(), y, w, nothing))
+                    out.append((-predicted[t].gather(1, true)[:, 0], y, w, nothing))
+                case OrdinalTask():
+                    out.append((predicted[t], y, w, nothing))
+                    out.append((((z[t] > 0).sum(1) == y).float(), y, w, nothing))
+                case LognormalTask():
+                    out.append((predicted[t], y, w, nothing))
+                    out.append((z[t][:, 0], (y > 0).float(), w, nothing))
+                case _:
+                    out.append((predicted[t], y, w, nothing))
+        return Scored(*(torch.stack([c.to(outputs.device) for c in column], dim=1) for column in zip(*out, strict=True)))
