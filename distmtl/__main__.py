@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--users", type=int, help="distinct users, up to 1e8 (default: 20000)")
     p.add_argument("--items", type=int, help="distinct items, up to 1e8 (default: 5000)")
     p.add_argument("--domains", type=int, help="domains that differ in their signal (default: 1)")
+    p.add_argument("--confounding", type=float, help="strength of a hidden cause of both clicks and conversions (default: 0)")
+    p.add_argument("--kept-negatives", type=float, help="share of the impressions without a click that the train split keeps (default: 1)")
     p.add_argument("--seed", type=int, default=0)
 
     p = command(
@@ -146,11 +148,13 @@ def synth(a: argparse.Namespace) -> None:
     from distmtl.data.synthetic import World, write_log
     from distmtl.data.wide import WideWorld
 
-    sizes = {name: getattr(a, name) for name in ("users", "items", "domains") if getattr(a, name) is not None}
+    sizes = {
+        name: getattr(a, name) for name in ("users", "items", "domains", "confounding", "kept_negatives") if getattr(a, name) is not None
+    }
     if a.wide and sizes:
         raise DistmtlError(f"--{next(iter(sizes))} says nothing about a --wide log; leave one of them out")
-    write_log(a.out, WideWorld(a.seed) if a.wide else World(a.seed, **sizes), rows=a.rows)
-    print(f"wrote {a.rows:,} rows to {a.out}; next: distmtl train {a.out}/mmoe.yaml --workers 2")
+    rows = write_log(a.out, WideWorld(a.seed) if a.wide else World(a.seed, **sizes), rows=a.rows)
+    print(f"wrote {rows:,} rows to {a.out}; next: distmtl train {a.out}/mmoe.yaml --workers 2")
 
 
 def prepare(a: argparse.Namespace) -> None:

@@ -25,7 +25,8 @@ from distmtl.storage import place, write_whole
 # What may change between the start of a run and its continuation: how it is run, not what it computes.
 FREE = (
     "name", "run.dir", "cluster.*", "evaluation.*", "data.train", "data.validation", "data.test", "data.prefetch",
-    "tasks.*.true_probability", "train.log_every", "train.eval_every", "train.save_*", "train.keep", "train.monitor",
+    "data.max_contradictions", "tasks.*.true_probability*",
+    "train.log_every", "train.eval_every", "train.save_*", "train.keep", "train.monitor",
     "train.early_stopping*", "train.profile*", "train.non_finite*", "sharding.types", "sharding.row_wise_above_mb", "tables.*.sharding",
 )  # fmt: skip
 FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a shorter one, unless the learning rate depends on it
@@ -35,7 +36,7 @@ FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a
 FREE_FROM_WEIGHTS = (
     *(f"{section}.*" for section in ("cluster", "data", "evaluation", "optimizer", "run", "sharding", "tables", "train", "weighting")),
     "name", "model.dropout", "features.*.column", "features.*.out_of_range", "tasks.*.label", "tasks.*.weight", "tasks.*.bias",
-    "tasks.*.true_probability",
+    "tasks.*.true_probability*", "tasks.*.space", "tasks.*.pos_weight", "tasks.*.focal", "tasks.*.kept_negatives",
 )  # fmt: skip
 
 

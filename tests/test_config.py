@@ -63,7 +63,7 @@ ONE = {  # place, value → the only mistake
     "not text": (12, 3, "12: keys should be strings, got 12"),
     # kinds
     "unknown kind": (
-        "model.kind", "mmeo", "model: kind 'mmeo' is not one of shared_bottom, mmoe, cgc, ple, plugin; did you mean 'mmoe'?",
+        "model.kind", "mmeo", "model: kind 'mmeo' is not one of single_task, shared_bottom, omoe, mmoe, cgc, ple, esmm, escm2, aitm, dbmtl, stem, home, star, pepnet, plugin; did you mean 'mmoe'?",
     ),
     "unknown kind in a list": ("tasks.0.kind", "ranking", "tasks.click: kind 'ranking' is not one of binary, regression, ordinal, multiclass, watch_time, quantile, zero_inflated_lognormal"),
     "no kind": ("features.4", {"name": "a", "rows": 3}, "features.a: kind is missing; it is one of id, bucket, numeric, vector"),
@@ -123,7 +123,7 @@ ONE = {  # place, value → the only mistake
     "monitor of no task": ("train.monitor", "clik.auc", "train.monitor 'clik.auc': no task 'clik'; did you mean 'click'?"),
     "monitor of no metric": (
         "train.monitor", "click.acc",
-        "train.monitor 'click.acc': 'acc' is not one of loss, auc, gauc, pr_auc, logloss, ne, rmse, mae",
+        "train.monitor 'click.acc': 'acc' is not one of loss, auc, gauc, pr_auc, logloss, ne, joint_auc, joint_gauc, joint_pr_auc, joint_logloss, joint_ne, entire_auc, rmse, mae, accuracy, positive_auc",
     ),
     "monitor of another kind": ("train.monitor", "rating.auc", "train.monitor 'rating.auc': no task it covers has that metric"),
     "nothing to watch": ("data.validation", None, "train.early_stopping needs data.validation: there is nothing to watch"),

@@ -214,10 +214,11 @@ def _sizes(config: Config) -> list[str]:
     if not any(t.weight for t in config.tasks):
         out.append("every task has weight 0: nothing would be trained")
     task, _, metric = config.train.monitor.rpartition(".")
-    if task and task not in {t.name for t in config.tasks}:
+    covered = [t for t in config.tasks if task in ("", t.name)]
+    if not covered:
         out.append(f"train.monitor {config.train.monitor!r}: no task {task!r}{did_you_mean(task, [t.name for t in config.tasks])}")
     if metric not in MONITORS:
         out.append(f"train.monitor {config.train.monitor!r}: {metric!r} is not one of {', '.join(MONITORS)}")
-    elif metric != "loss" and not any(metric in t.metrics for t in config.tasks if task in ("", t.name)):
+    elif metric != "loss" and covered and not any(metric in t.metrics for t in covered):
         out.append(f"train.monitor {config.train.monitor!r}: no task it covers has that metric")
     return out

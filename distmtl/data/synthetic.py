@@ -72,8 +72,8 @@ def write_log(
     eval_share: float = 0.1,
     rows_per_file: int = 8 * BLOCK,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Write a log and its ready configs.
+) -> int:
+    """Write a log and its ready configs. Returns the number of rows written.
 
     Args:
         rows: of all three splits.
@@ -90,7 +90,7 @@ def write_log(
         raise DistmtlError(f"rows {rows} and eval_share {eval_share} leave a split empty; eval_share is between 0 and 0.5")
     if not 1 <= rows_per_file <= 10**9:
         raise DistmtlError(f"rows_per_file {rows_per_file} is not in 1 … 1,000,000,000")
-    done = 0
+    done = written = 0
     with new_folder(out) as folder:
         for split, size in sizes.items():
             (folder / split).mkdir()
@@ -99,11 +99,14 @@ def write_log(
                 last = min(first + step, size)
                 with pq.ParquetWriter(folder / split / f"part-{part:05d}.parquet", schema) as writer:
                     for start in range(first, last, BLOCK):
-                        writer.write_table(world.block(split, start // BLOCK)[: last - start])
+                        table = world.block(split, start // BLOCK)[: last - start]
+                        writer.write_table(table)
+                        written += len(table)
                         done += min(last - start, BLOCK)
                         if progress:
                             progress(done, rows)
         write_configs(folder, world.name, world.about, world.config(), world.heads)
+    return written
 
 
 class Planted:
@@ -133,6 +136,7 @@ class World(Planted):
         users, items: size of the id spaces; both are drawn by Zipf's law.
         domains: above 1, a column `domain` shifts and bends the signal.
         confounding: strength of a hidden taste that makes both the click and the conversion likelier.
+        kept_negatives: share of the impressions without a click that the train split keeps.
     """
 
     name = "synthetic"
@@ -143,14 +147,24 @@ class World(Planted):
         "shared_bottom": {"model": {"kind": "shared_bottom", "bottom": [128, 64]}},
     }
 
-    def __init__(self, seed: int = 0, users: int = 20_000, items: int = 5_000, domains: int = 1, confounding: float = 0.0):
+    def __init__(
+        self,
+        seed: int = 0,
+        users: int = 20_000,
+        items: int = 5_000,
+        domains: int = 1,
+        confounding: float = 0.0,
+        kept_negatives: float = 1.0,
+    ):
         super().__init__(seed)
         for name, value in {"users": users, "items": items, "domains": domains}.items():
             if not 1 <= value <= 10**9:
                 raise DistmtlError(f"{name} {value} is not in 1 … 1,000,000,000")
         if confounding < 0:
             raise DistmtlError(f"confounding {confounding} must not be negative")
-        self.users, self.items, self.domains, self.confounding = users, items, domains, confounding
+        if not 0 < kept_negatives <= 1:
+            raise DistmtlError(f"kept_negatives {kept_negatives} is not above 0 and at most 1")
+        self.users, self.items, self.domains, self.confounding, self.kept_negatives = users, items, domains, confounding, kept_negatives
         self.scale: dict[str, float] = dict.fromkeys(WEIGHTS, 1.0)
         self.offset: dict[str, float] = dict.fromkeys(WEIGHTS, 0.0)
         x = self.impressions(np.random.default_rng((seed, len(SPLITS), 0)))
@@ -233,10 +247,12 @@ class World(Planted):
         columns["click"] = clicked.astype(np.int8)
         columns["conversion"] = pa.array(converted.astype(np.int8), mask=~clicked)
         columns["rating"] = pa.array(stars, mask=~rated)
-        if split != "train":
-            columns["p_click"] = self.marginal(click)
-            columns["p_conversion"] = self.p_conversion(click, conversion)
-            columns["p_conversion_all"] = self.marginal(conversion)
+        if split == "train":
+            kept = clicked | (rng.random(BLOCK) < self.kept_negatives)
+            return pa.table(columns) if kept.all() else pa.table(columns).filter(pa.array(kept))
+        columns["p_click"] = self.marginal(click)
+        columns["p_conversion"] = self.p_conversion(click, conversion)
+        columns["p_conversion_all"] = self.marginal(conversion)
         return pa.table(columns)
 
     def marginal(self, logit: np.ndarray) -> np.ndarray:
@@ -270,8 +286,15 @@ class World(Planted):
                 {"kind": "numeric", "name": "days_since_visit", "log": True, "mean": 1.8, "std": 0.8},
             ],
             "tasks": [
-                {"kind": "binary", "name": "click", "true_probability": "p_click"},
-                {"kind": "binary", "name": "conversion", "true_probability": "p_conversion"},
+                {"kind": "binary", "name": "click", "true_probability": "p_click"}
+                | ({"kept_negatives": self.kept_negatives} if self.kept_negatives < 1 else {}),
+                {
+                    "kind": "binary",
+                    "name": "conversion",
+                    "parents": ["click"],
+                    "true_probability": "p_conversion",
+                    "true_probability_entire": "p_conversion_all",
+                },
             ],
             "optimizer": {
                 "tables": {"kind": "rowwise_adagrad", "lr": 0.05},
