@@ -48,7 +48,9 @@ ONE = {  # place, value → the only mistake
     "of a kind": ("model.num_expert", 3, "model.num_expert: unknown key; did you mean 'num_experts'?"),
     "in a list": ("features.1.dmi", 4, "features.item.dmi: unknown key; did you mean 'dim'?"),
     "of other kinds": ("model.dropot", 0.5, "model.dropot: unknown key; did you mean 'dropout'?"),
-    "of two other kinds": ("model.shared_experts", 1, "model.shared_experts: unknown key for this kind; it belongs to cgc and ple and stem"),
+    "of other kinds' keys": (
+        "model.shared_experts", 1, "model.shared_experts: unknown key for this kind; it belongs to cgc and ple and stem",
+    ),
     "in another kind": (
         "optimizer.tables", {"kind": "sgd", "momentm": 0.9}, "optimizer.tables.momentm: unknown key; known here: kind, lr",
     ),
@@ -65,7 +67,11 @@ ONE = {  # place, value → the only mistake
     "unknown kind": (
         "model.kind", "mmeo", "model: kind 'mmeo' is not one of single_task, shared_bottom, omoe, mmoe, cgc, ple, esmm, escm2, aitm, dbmtl, stem, home, star, pepnet, plugin; did you mean 'mmoe'?",
     ),
-    "unknown kind in a list": ("tasks.0.kind", "ranking", "tasks.click: kind 'ranking' is not one of binary, regression, ordinal, multiclass, watch_time, quantile, zero_inflated_lognormal"),
+    "unknown kind in a list": (
+        "tasks.0.kind", "ranking",
+        "tasks.click: kind 'ranking' is not one of "
+        "binary, regression, ordinal, multiclass, watch_time, quantile, zero_inflated_lognormal",
+    ),
     "no kind": ("features.4", {"name": "a", "rows": 3}, "features.a: kind is missing; it is one of id, bucket, numeric, vector"),
     "no kind deeper": ("optimizer.dense", {"lr": 0.1}, "optimizer.dense: kind is missing; it is one of adamw, adam, adagrad, sgd"),
     "weighting": ("weighting", {"kind": "dwa"}, "weighting.kind: input should be 'static', got 'dwa'"),
