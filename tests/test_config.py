@@ -65,7 +65,8 @@ ONE = {  # place, value → the only mistake
     "not text": (12, 3, "12: keys should be strings, got 12"),
     # kinds
     "unknown kind": (
-        "model.kind", "mmeo", "model: kind 'mmeo' is not one of single_task, shared_bottom, omoe, mmoe, cgc, ple, esmm, escm2, aitm, dbmtl, stem, home, star, pepnet, plugin; did you mean 'mmoe'?",
+        "model.kind", "mmeo", "model: kind 'mmeo' is not one of single_task, shared_bottom, omoe, mmoe, cgc, ple, esmm, escm2, aitm, "
+        "dbmtl, stem, home, star, pepnet, plugin; did you mean 'mmoe'?",
     ),
     "unknown kind in a list": (
         "tasks.0.kind", "ranking",
