@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from distmtl.errors import DistmtlError
 ROWS, FOLDS, USERS, ITEMS = 1_000_209, 5, 6040, 3952  # ids count from 1; row 0 of their tables stays unused
 AGES = [1, 18, 25, 35, 45, 50, 56]
 VALIDATION_SHARE = 0.05  # of the training folds
+HISTORY = 50  # likes of a user that a row sees at most
 
 
 def write(source: Path, folder: Path, fold: int = 5) -> None:
@@ -24,6 +26,9 @@ def write(source: Path, folder: Path, fold: int = 5) -> None:
     Ratings are test_1m1.dat … test_1m5.dat (user,item,rating: the published five folds, with ml1m_users.dat and
     ml1m_items.dat), or the original ratings.dat, cut into five folds by `np.random.default_rng(0).permutation`. A twentieth
     of the other four folds, by the same generator, is validation. No feature depends on time.
+
+    `liked` are up to HISTORY items that the row's user likes in the train split, drawn anew for every row, never the row's own
+    item. Every row of a user with n likes there sees min(HISTORY, n - 1): the number must not tell whether its own is one of them.
 
     Args:
         fold: 1 … 5, the test split.
@@ -40,6 +45,7 @@ def write(source: Path, folder: Path, fold: int = 5) -> None:
     test, others = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
     others = np.random.default_rng(0).permutation(others)  # the files are sorted by user
     held_out = round(len(others) * VALIDATION_SHARE)
+    table = table.append_column("liked", _liked(ratings, others[held_out:]))
     train = table.take(others[held_out:])
     write_split(folder, "train", train)
     write_split(folder, "validation", table.take(others[:held_out]))
@@ -95,6 +101,25 @@ def _joined(ratings: np.ndarray, users: pa.Table, items: pa.Table) -> pa.Table:
     for name, label in labels.items():
         out = out.append_column(name, pa.array(label))
     return out
+
+
+def _liked(ratings: np.ndarray, train: np.ndarray) -> pa.Array:
+    """For every rating, items that its user likes in the training rows."""
+    user, item, rating = ratings.T
+    likes = np.zeros(len(ratings), dtype=bool)
+    likes[train] = rating[train] >= 4
+    rng, order = np.random.default_rng(0), np.argsort(user, kind="stable")
+    bounds = np.r_[0, np.flatnonzero(np.diff(user[order])) + 1, len(order)]
+    out, lengths = [], np.zeros(len(ratings), dtype=np.int64)
+    for rows in (order[a:b] for a, b in pairwise(bounds)):
+        of_user = item[rows[likes[rows]]]
+        seen = max(min(HISTORY, len(of_user) - 1), 0)
+        draw = rng.random((len(rows), len(of_user)))
+        draw[item[rows][:, None] == of_user] = 2.0  # its own comes last, and there is one more than is seen
+        out.append(of_user[np.argsort(draw, axis=1)[:, :seen]].reshape(-1))
+        lengths[rows] = seen
+    by_user = pa.ListArray.from_arrays(np.r_[0, np.cumsum(lengths[order])].astype(np.int32), np.concatenate(out).astype(np.int16))
+    return by_user.take(np.argsort(order))
 
 
 def _rows_of(ids: np.ndarray, known: np.ndarray, what: str) -> np.ndarray:
