@@ -115,7 +115,8 @@ class JointLoss(nn.Module):
         bad = (weights > 0) & ~torch.isfinite(errors.detach())
         for t, place in enumerate(self.terms.places):
             bad[:, t] |= (weights[:, t] > 0) & ~finite[:, place].all(1)
-        bad[:, len(self.terms.places) :] |= (weights[:, len(self.terms.places) :] > 0) & ~finite.all(1, keepdim=True)
+        added = slice(len(self.terms.places), None)  # by the head: they read the outputs of several tasks, and its own
+        bad[:, added] |= (weights[:, added] > 0) & ~finite.all(1, keepdim=True)
         sums = (torch.where(bad, 0.0, errors) * weights).sum(0)
 
         failed = sums.new_tensor([float(batch.error is not None)])
