@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from torch.nn import functional as F
+from by_hand import double_softmax, expert_by_hand, gate_by_hand, randomised
 
 from distmtl.config_file import parse_config
 from distmtl.errors import DistmtlError
@@ -29,8 +29,12 @@ HEADS = [
     {"kind": "cgc", "shared_experts": 0, "task_experts": 2, "expert": [8]},
     {"kind": "ple", "num_levels": 3, "shared_experts": 1, "task_experts": 2, "expert": [8]},
     {"kind": "ple", "num_levels": 2, "shared_experts": 2, "task_experts": 0, "expert": [8]},
+    {"kind": "aitm", "bottom": [16, 8]},
+    {"kind": "dbmtl", "bottom": [16], "task": [8], "relation": [12, 6]},
+    {"kind": "stem", "shared_experts": 1, "task_experts": 2, "expert": [16, 8]},
     {"kind": "plugin", "target": "test_heads:TwoLinear", "args": {"hidden": 6}},
 ]
+PARENTS = {"conversion": ["click"], "rating": ["conversion", "click"]}  # of heads that pass something on from task to task
 
 
 class TwoLinear(torch.nn.Module):
@@ -45,12 +49,15 @@ class TwoLinear(torch.nn.Module):
         return [layer(x).relu() for layer in self.layers]
 
 
-def seen(x):
-    return Features((x,))
+def seen(x, model=None):
+    return Features((x,) * (TASKS + 1 if model and model["kind"] == "stem" else 1))
 
 
 def head(model, seed=0):
-    config = parse_config(tiny.raw(Path(), Path(), model=model))
+    raw = tiny.raw(Path(), Path(), model=model)
+    if model["kind"] in ("aitm", "dbmtl"):
+        raw["tasks"] = [{**t, "parents": PARENTS.get(t["name"], []), "space": "labelled"} for t in raw["tasks"]]
+    config = parse_config(raw)
     built = Head(config, Layout({}, WIDTH))
     initialise_dense(built, seed)
     return built
@@ -65,10 +72,10 @@ class TestContract:
                 if isinstance(module, Gate):
                     torch.nn.init.normal_(module.weight, std=0.5)
         for rows in (B, 1):
-            logits = h(seen(torch.randn(rows, WIDTH)))
+            logits = h(seen(torch.randn(rows, WIDTH), model))
             assert logits.shape == (rows, TASKS)
         x = torch.randn(256, WIDTH, requires_grad=True)
-        (h(seen(x)).sigmoid() * torch.randn(256, TASKS)).sum().backward()
+        (h(seen(x, model)).sigmoid() * torch.randn(256, TASKS)).sum().backward()
         dead = [n for n, p in h.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         one_expert = model["kind"] == "mmoe" and model["num_experts"] == 1
         assert [n for n in dead if not (one_expert and "gates" in n)] == []  # the softmax of one expert is constant
@@ -81,30 +88,7 @@ class TestContract:
 
     def test_rows_do_not_see_each_other(self, model):
         h, x = head(model).eval(), torch.randn(B, WIDTH)
-        torch.testing.assert_close(h(seen(x))[3:5], h(seen(x[3:5])))
-
-
-def expert_by_hand(experts: Experts, e: int, x: torch.Tensor) -> torch.Tensor:
-    for weight, bias in zip(experts.weights, experts.biases, strict=True):
-        x = (x @ weight[e].T + bias[e]).clamp(min=0)
-    return x
-
-
-def gate_by_hand(gate: Gate, x: torch.Tensor) -> torch.Tensor:
-    exp = (x @ gate.weight.T + gate.bias).exp()
-    return exp / exp.sum(1, keepdim=True)
-
-
-def randomised(module):
-    module = module.double()
-    with torch.no_grad():
-        for p in module.parameters():
-            p.normal_(std=0.5)
-    return module
-
-
-def double_softmax(monkeypatch):
-    monkeypatch.setattr(F, "softmax", lambda x, dim, dtype: torch.softmax(x, dim))  # the oracle is in float64
+        torch.testing.assert_close(h(seen(x, model))[3:5], h(seen(x[3:5], model)))
 
 
 def test_mmoe_by_hand(monkeypatch):

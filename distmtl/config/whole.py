@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from distmtl.config.base import Name, Strict, did_you_mean
 from distmtl.config.features import RESERVED, BucketFeature, DataConfig, Feature, IdFeature, NumericFeature, VectorFeature
 from distmtl.config.heads import (
+    AITMConfig,
     ESCM2Config,
     ESMMConfig,
     HeadConfig,
@@ -173,21 +174,39 @@ def _descent(config: Config) -> list[str]:
             for p in t.parents
             if not isinstance(tasks[p], BinaryTask)
         ]
-        if space in ("entire", "joint") and (not isinstance(t, BinaryTask) or t.delay):
-            out.append(f"task {t.name!r}: space {space} is of probabilities: it needs kind binary without delay, or space: observed")
+        if space in ("entire", "joint") and (not isinstance(t, BinaryTask) or t.delay or _reweighted(t)):
+            out.append(
+                f"task {t.name!r}: space {space} is of probabilities: it needs kind binary without delay, focal and pos_weight, "
+                "or space: observed"
+            )
+        if space == "entire":
+            out += [
+                f"task {p!r}: its focal or pos_weight bends P({p}), which space entire of task {t.name!r} multiplies; leave it out"
+                for p in t.parents
+                if _reweighted(tasks[p])
+            ]
     if isinstance(config.model, ESMMConfig | ESCM2Config) and not any(config.space(t) == "entire" for t in config.tasks):
         out.append(f"model {config.model.kind}: no task has space entire; name the parents of the conversion task (parents: [click])")
+    if isinstance(config.model, AITMConfig) and not any(t.parents for t in config.tasks):
+        out.append("model aitm: no task has parents, so none has anything to pass on; name them (parents: [click]) or choose single_task")
     return out
 
 
+def _reweighted(task: TaskConfig) -> bool:
+    """Whether its loss makes its logit another than that of its labels."""
+    return isinstance(task, BinaryTask) and bool(task.focal or task.pos_weight != 1.0)
+
+
 def _named_by_head(config: Config) -> list[str]:
-    """Features and tasks that the head names and the config lacks."""
+    """Features and tasks that the head names and the config lacks, and what it cannot go with."""
     model, out = config.model, []
     features = {f.name: f for f in config.features}
     if isinstance(model, STARConfig):
         feature = features.get(model.domain)
         if not isinstance(feature, IdFeature):
             out.append(f"model.domain {model.domain!r} is no id feature{did_you_mean(model.domain, features)}")
+    if isinstance(model, STEMConfig) and config.interaction:
+        out.append("interaction: model stem has embeddings per task, which no interaction crosses; leave it out or choose another model")
     if isinstance(model, PEPNetConfig):
         named = (*model.domain_features, *model.gate_features)
         out += [f"model pepnet: no feature {n!r}{did_you_mean(n, features)}" for n in named if n not in features]

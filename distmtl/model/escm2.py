@@ -45,7 +45,7 @@ def counterfactual(
         propensity = torch.exp(-surprise([outputs[:, where[a].start].detach() for a in lineages[t] if a != t]))
         inverse = torch.where(happened, 1.0 / propensity.clamp(min=model.min_propensity), 0.0).clamp(max=model.max_weight)
         if model.method == "ipw" and model.self_normalised:
-            out.append((error, inverse * weights[:, t]))
+            out.append((error, inverse * joint_weights[:, t]))
         elif model.method == "ipw":
             out.append((error * inverse, joint_weights[:, t]))
         else:

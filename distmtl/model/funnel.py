@@ -38,12 +38,15 @@ def joint_logit(logits: list[Tensor]) -> Tensor:
 
 
 def joint_labels(config: Config, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a task and all before it happened: (B, T) labels and weights (0 where unknown) → the same; 0, and known, where a parent
-    is known not to have happened."""
+    """Whether a task and all before it happened: (B, T) labels and weights (0 where unknown) → the same; 0, and known, where any
+    parent is known not to have happened."""
     y, w = list(labels.unbind(1)), list(weights.unbind(1))
     for t in config.by_descent:
-        for p in (config.task(name) for name in config.tasks[t].parents):
-            never = (w[p] > 0) & (y[p] < 0.5)
-            y[t] = torch.where(never, 0.0, y[t])
-            w[t] = torch.where(never, w[p], torch.where(w[p] > 0, w[t], 0.0))
+        parents = [config.task(name) for name in config.tasks[t].parents]
+        if not parents:
+            continue
+        of_parents = torch.stack([w[p] for p in parents])
+        never = torch.stack([torch.where(y[p] < 0.5, w[p], 0.0) for p in parents]).amax(0)
+        y[t] = torch.where(never > 0, 0.0, y[t])
+        w[t] = torch.where(never > 0, never, torch.where(of_parents.amin(0) > 0, w[t], 0.0))
     return torch.stack(y, dim=1), torch.stack(w, dim=1)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from distmtl.config import (
+    AITMConfig,
     CGCConfig,
     Config,
+    DBMTLConfig,
     ESCM2Config,
     ESMMConfig,
     MMoEConfig,
@@ -19,8 +21,11 @@ from distmtl.config import (
     PluginHeadConfig,
     SharedBottomConfig,
     SingleTaskConfig,
+    STEMConfig,
 )
 from distmtl.errors import DistmtlError
+from distmtl.model.aitm import AITM
+from distmtl.model.dbmtl import DBMTL
 from distmtl.model.experts import Output, Tower
 from distmtl.model.kinds import output_layer
 from distmtl.model.layout import Features, Layout
@@ -29,6 +34,7 @@ from distmtl.model.omoe import OMoE
 from distmtl.model.ple import PLE
 from distmtl.model.shared_bottom import SharedBottom
 from distmtl.model.single_task import SingleTask
+from distmtl.model.stem import STEM
 
 
 class Head(nn.Module):
@@ -74,6 +80,11 @@ def network_of(config: Config) -> Any:
     return config.model.network if isinstance(config.model, ESMMConfig | ESCM2Config) else config.model
 
 
+def descent(config: Config) -> dict[int, list[int]]:
+    """Places of every task's parents, parents before their children."""
+    return {t: [config.task(p) for p in config.tasks[t].parents] for t in config.by_descent}
+
+
 def sharing_network(config: Config, layout: Layout) -> Any:
     """The network that `model.kind` names. It has `output_width`, and maps Features to T tensors (B, output_width)."""
     model, width, tasks = network_of(config), layout.width, len(config.tasks)
@@ -90,6 +101,12 @@ def sharing_network(config: Config, layout: Layout) -> Any:
             return PLE(width, tasks, 1, model.shared_experts, model.task_experts, model.expert, model.dropout)
         case PLEConfig():
             return PLE(width, tasks, model.num_levels, model.shared_experts, model.task_experts, model.expert, model.dropout)
+        case AITMConfig():
+            return AITM(width, descent(config), model.bottom, model.dropout)
+        case DBMTLConfig():
+            return DBMTL(width, descent(config), model.bottom, model.task, model.relation, model.detach_parents, model.dropout)
+        case STEMConfig():
+            return STEM(width, tasks, model.shared_experts, model.task_experts, model.expert, model.dropout)
         case PluginHeadConfig():
             return Plugin(model, width, tasks)
 

@@ -143,13 +143,14 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gates, *experts = ctx.saved_tensors
         of_gates = torch.empty_like(gates)
         for e, expert in enumerate(experts):
             for t, gradient in enumerate(gradients):
                 of_gates[t, e] = torch.linalg.vecdot(gradient, expert)
-        return of_gates, *(_weighted_sum(gates[:, e], gradients) for e in range(len(experts)))
+        needed = ctx.needs_input_grad[1:]
+        return of_gates, *(_weighted_sum(gates[:, e], gradients) if needs else None for e, needs in enumerate(needed))
 
 
 def _weighted_sum(weights: Tensor, tensors: Sequence[Tensor]) -> Tensor:

@@ -81,13 +81,13 @@ class Terms:
         return torch.where(weight > 0, torch.stack(errors, dim=1), 0.0), weight
 
     def _order(self, logits: list[Tensor], weights: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """AITM's calibrator (Xi et al. 2021, eq. 13): how much a task is likelier than its parents, where both are known."""
+        """AITM's calibrator (Xi et al. 2021): how much a task is likelier than its parents, where both are known."""
         out = []
         for t, task in enumerate(self.config.tasks):
             if self.spaces[t] != "joint":
                 continue
             parents = [self.config.task(p) for p in task.parents]
-            excess = sum(F.relu(logits[t].sigmoid() - logits[p].sigmoid()) for p in parents)
+            excess = sum(F.relu(logits[t].sigmoid() - joint_logit([logits[i] for i in self.lineages[p]]).sigmoid()) for p in parents)
             known = torch.stack([weights[:, i] for i in (t, *parents)]).amin(0)
             out.append((torch.as_tensor(excess), known))
         return out
@@ -115,6 +115,8 @@ class JointLoss(nn.Module):
         bad = (weights > 0) & ~torch.isfinite(errors.detach())
         for t, place in enumerate(self.terms.places):
             bad[:, t] |= (weights[:, t] > 0) & ~finite[:, place].all(1)
+        added = slice(len(self.terms.places), None)  # by the head: they read the outputs of several tasks, and its own
+        bad[:, added] |= (weights[:, added] > 0) & ~finite.all(1, keepdim=True)
         sums = (torch.where(bad, 0.0, errors) * weights).sum(0)
 
         failed = sums.new_tensor([float(batch.error is not None)])
