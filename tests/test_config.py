@@ -130,7 +130,8 @@ ONE = {  # place, value → the only mistake
     "monitor of no task": ("train.monitor", "clik.auc", "train.monitor 'clik.auc': no task 'clik'; did you mean 'click'?"),
     "monitor of no metric": (
         "train.monitor", "click.acc",
-        "train.monitor 'click.acc': 'acc' is not one of loss, auc, gauc, pr_auc, logloss, ne, joint_auc, joint_gauc, joint_pr_auc, joint_logloss, joint_ne, entire_auc, rmse, mae, accuracy, positive_auc",
+        "train.monitor 'click.acc': 'acc' is not one of loss, auc, gauc, pr_auc, logloss, ne, "
+        "joint_auc, joint_gauc, joint_pr_auc, joint_logloss, joint_ne, entire_auc, rmse, mae, accuracy, positive_auc",
     ),
     "monitor of another kind": ("train.monitor", "rating.auc", "train.monitor 'rating.auc': no task it covers has that metric"),
     "nothing to watch": ("data.validation", None, "train.early_stopping needs data.validation: there is nothing to watch"),

@@ -44,7 +44,7 @@ class FeatureVector(nn.Module):
 
     A table is `config.copies` times as wide as its features' dim: with STEM, columns of task 0, of task 1, …, shared ones.
 
-    forward: pooled (B, sum of dims x copies), ids of the same features, dense (B, dense width), domain (B,), rows (B,) → Features
+    forward: pooled (B, sum of dims x copies), ids of the same features, dense (B, dense width), domain (B,), weights (B, T) → Features
     whose vectors, one per copy, are in the precision of the head
     """
 
@@ -56,7 +56,7 @@ class FeatureVector(nn.Module):
         self.mean = [i for i, f in enumerate(config.embedded) if f.pooling == "mean"]
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
 
-    def forward(self, pooled: KeyedTensor, ids: KeyedJaggedTensor, dense: Tensor, domain: Tensor | None, rows: Tensor) -> Features:
+    def forward(self, pooled: KeyedTensor, ids: KeyedJaggedTensor, dense: Tensor, domain: Tensor | None, weights: Tensor) -> Features:
         scales = None
         if self.mean:
             scales = 1.0 / ids.lengths().view(len(self.keys), -1)[self.mean].clamp(min=1)
@@ -64,7 +64,7 @@ class FeatureVector(nn.Module):
         for key, width in zip(pooled.keys(), pooled.length_per_key(), strict=True):
             starts[key], start = start, start + width
         blocks = [self._runs(starts, copy) for copy in range(self.copies)]
-        return Features(side_by_side(pooled.values(), blocks, scales, dense, self.dtype), domain, rows >= 0)
+        return Features(side_by_side(pooled.values(), blocks, scales, dense, self.dtype), domain, (weights > 0).any(1))
 
     def _runs(self, starts: dict[str, int], copy: int) -> list[Run]:
         """The columns of a copy in config order, neighbours in `pooled` that are neighbours here taken together."""

@@ -61,7 +61,7 @@ def gates(several: Iterable[Gate], x: Tensor) -> Tensor:
     """Gates of one size over one input, as one GEMM: T gates, (B, in) → (T, E, B), float32. Over its last dimension softmax is slow."""
     several = list(several)
     logits = F.linear(x, torch.cat([g.weight for g in several]), torch.cat([g.bias for g in several]))
-    return F.softmax(logits.T.reshape(len(several), -1, len(x)), dim=1, dtype=torch.float32)
+    return F.softmax(logits.T.unflatten(0, (len(several), -1)), dim=1, dtype=torch.float32)
 
 
 class Output(nn.Linear):

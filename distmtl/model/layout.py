@@ -16,7 +16,7 @@ class Features:
 
     vectors: tuple[Tensor, ...]  # (B, width): one; for STEM one per task, then the shared one
     domain: Tensor | None = None  # (B,) int64, where the head asked for it; 0 in padding
-    real: Tensor | None = None  # (B,) bool: no padding; None: all of them
+    real: Tensor | None = None  # (B,) bool: rows that count in some task; None: all of them
 
     @property
     def x(self) -> Tensor:

@@ -28,7 +28,7 @@ class MultiTaskModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         pooled = self.embeddings(batch.sparse)
-        return self.head(self.features(pooled, batch.sparse, batch.dense, batch.domain, batch.rows))
+        return self.head(self.features(pooled, batch.sparse, batch.dense, batch.domain, batch.weights))
 
 
 class NoTables(nn.Module):
