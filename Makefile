@@ -9,7 +9,7 @@ TORCHREC := torchrec==1.8.0
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow chaos bench bench-check bench-sizes peers lint clean
+.PHONY: help install install-dev quickstart test test-slow chaos bench bench-check bench-heads bench-sizes peers lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ bench: data/wide/mmoe.yaml ## ratios to the machine's limit, beside TorchRec, Py
 bench-check: data/wide/mmoe.yaml ## the same, failing where a ratio has dropped by more than 15 % since the committed results
 	@$(BIN)/python -m benchmarks.suite data/wide/mmoe.yaml --rounds 3 --out build/bench
 	@$(BIN)/python -m benchmarks.check benchmarks/results/suite.json build/bench/suite.json
+
+bench-heads: data/wide/mmoe.yaml ## every head's speed beside its own matrix products; about 2 minutes, on a quiet machine
+	@$(BIN)/python -m benchmarks.heads data/wide/mmoe.yaml
 
 bench-sizes: data/wide/mmoe.yaml ## curves over sizes with plots, peak memory, bytes sent; about 10 minutes
 	@$(PIP_INSTALL) matplotlib

@@ -32,7 +32,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.limit import Gemms, RawTables, cpu_seconds, products
+from benchmarks.gemms import Gemms, cpu_seconds, products
+from benchmarks.limit import RawTables
 from benchmarks.plot import draw
 from distmtl.batch import Batch
 from distmtl.config import Config
@@ -110,7 +111,7 @@ def training(size: Size, kinds: list[str], rounds: int) -> dict[str, Point]:
     with process_group(config) as process:
         batches = [size.make_batch(size.ids("zipf", rng)[0])]
         ours, tables = our_loop(config, process), RawTables(config, batches)
-        gemm = Gemms(products(config), size.batch, torch.float32)
+        gemm = Gemms(products(config, size.batch), torch.float32)
         ours(batches)
         steps = min(max(round(SECONDS / cpu_seconds(lambda: ours(batches))), 1), 64)
         for kind in kinds:

@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +29,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
+from benchmarks.gemms import DTYPES, Gemms, cpu_seconds, products
 from distmtl.batch import Batch
 from distmtl.cluster.trainer import KEEP_MEMORY
 from distmtl.config import Config
@@ -36,15 +37,12 @@ from distmtl.config_file import load_config
 from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.data.reader import Reader
-from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import Process
 from distmtl.loop import train_reader
-from distmtl.model.experts import Experts, Gate
 from distmtl.model.head import Head
 from distmtl.model.layout import Layout
 
 BATCHES = 8
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def keep_memory() -> None:
@@ -63,57 +61,11 @@ def real_batches(config: Config, count: int = BATCHES) -> list[Batch]:
     return list(reader_of(config, config.data.train).batches(0, count))
 
 
-def products(config: Config) -> list[tuple[int, int]]:
-    """(in, out) of every matrix product of the head; the gates are one."""
-    head, shapes, gates = Head(config, Layout.of(config)), [], {}
-    for module in head.modules():
-        if isinstance(module, Experts):
-            shapes += [(w.shape[2], w.shape[1]) for w in module.weights for _ in range(w.shape[0])]
-        elif isinstance(module, Gate):
-            gates[module.in_features] = gates.get(module.in_features, 0) + module.out_features
-        elif isinstance(module, torch.nn.Linear):
-            shapes.append((module.in_features, module.out_features))
-    return shapes + list(gates.items())
-
-
-class Gemms:
-    """Every product of the head: x·Wᵀ, g·W, gᵀ·x, each by the fastest of torch's default, oneDNN's matmul, oneDNN's linear."""
-
-    def __init__(self, shapes: Iterable[tuple[int, int]], batch: int, dtype: torch.dtype):
-        fastest_fp32()
-        self.work: list[Callable[[], object]] = []
-        fastest: dict[tuple[int, int], list[Callable[[], object]]] = {}
-        linear = torch.ops.mkldnn._linear_pointwise
-        for shape in shapes:
-            if shape not in fastest:
-                x, w, g = (torch.randn(*s).to(dtype) for s in ((batch, shape[0]), (shape[1], shape[0]), (batch, shape[1])))
-                fastest[shape] = [
-                    _fastest(lambda x=x, w=w: x @ w.T, lambda x=x, w=w: linear(x, w, None, "none", [], "")),
-                    _fastest(lambda g=g, w=w: g @ w, lambda g=g, w=w: linear(g, w.T.contiguous(), None, "none", [], "")),
-                    _fastest(lambda g=g, x=x: g.T @ x, lambda g=g, x=x: (x.T @ g).T),
-                ]
-            self.work += fastest[shape]
-
-    def __call__(self) -> None:
-        for product in self.work:
-            product()
-
-
-def _fastest(*candidates: Callable[[], object]) -> Callable[[], object]:
-    times: dict[int, float] = {}
-    for i, f in enumerate(candidates):
-        f()
-        times[i] = min(cpu_seconds(f) for _ in range(3))
-    return candidates[min(times, key=lambda i: times[i])]
-
-
 class RawTables:
     """FBGEMM's table-batched embedding bags, fed with the ids of real batches, without TorchRec."""
 
     def __init__(self, config: Config, batches: list[Batch]):
-        tables: dict[str, tuple[int, int]] = {}
-        for f in config.embedded:
-            tables.setdefault(f.table_name, (f.rows, f.dim))
+        tables = config.tables_read
         names = list(tables)
         self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
             [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, dim in tables.values()],
@@ -139,7 +91,7 @@ class RandomRows:
     """The ids' rows of one big table, read and written back: the traffic of the tables without the arithmetic."""
 
     def __init__(self, config: Config, batches: list[Batch]):
-        dim = max(f.dim for f in config.embedded)
+        dim = max(columns for _, columns in config.tables_read.values())
         offsets = torch.cumsum(torch.tensor([0] + [f.rows for f in config.embedded]), 0)
         self.table = torch.zeros(int(offsets[-1]), dim)
         self.ids, self.next = [], 0
@@ -168,7 +120,7 @@ def decode(dataset: Dataset, columns: list[str], rows: int) -> int:
 def exchange_bytes(config: Config, batch: Batch, dense_parameters: int) -> dict[str, int]:
     """What one of two workers sends in a step: half of its rows' ids and vectors go to the other, and as many gradients back."""
     rows = len(batch.rows)
-    vectors = rows * sum(f.dim for f in config.embedded) * 4 // 2
+    vectors = rows * sum(f.dim for f in config.embedded) * config.copies * 4 // 2
     ids = (batch.sparse.values().numel() * 8 + batch.sparse.lengths().numel() * 4) // 2
     return {"all-to-all": ids + 2 * vectors, "all-reduce": dense_parameters * 4}
 
@@ -196,20 +148,13 @@ def exchange_seconds(sizes: dict[str, int], rounds: int = 9) -> float:
         return statistics.median(seconds)
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
 def pieces(config: Config, batches: list[Batch]) -> dict[str, tuple[Callable[[], object], int]]:
     """Name → work, rows of it."""
     batch, dataset = config.train.global_batch_size, open_dataset(config.data.train)
     columns = Collator(config).columns
     rows = min(dataset.rows, 16 * batch)
-    out: dict[str, tuple[Callable[[], object], int]] = {
-        f"gemm {name}": (Gemms(products(config), batch, dtype), batch) for name, dtype in DTYPES.items()
-    }
+    of_head = products(config, batch)
+    out: dict[str, tuple[Callable[[], object], int]] = {f"gemm {name}": (Gemms(of_head, dtype), batch) for name, dtype in DTYPES.items()}
     return out | {
         "embeddings": (RawTables(config, batches), batch),
         "rows": (RandomRows(config, batches), batch),

@@ -12,7 +12,9 @@ import statistics
 
 import torch
 
-from benchmarks.limit import DTYPES, Gemms, cpu_seconds, keep_memory
+from benchmarks.gemms import DTYPES, Gemms, cpu_seconds, watched
+from benchmarks.limit import keep_memory
+from distmtl.model.layout import Features
 from distmtl.model.mmoe import MMoE
 
 ROWS, WIDTH, EXPERTS, EXPERT, TASKS = 4096, 512, 8, (512, 256), 3
@@ -25,17 +27,16 @@ def main() -> None:
     keep_memory()
     torch.set_num_threads(1)
     for name, dtype in DTYPES.items():
-        shapes = [(WIDTH, EXPERT[0])] * EXPERTS + [EXPERT] * EXPERTS + [(WIDTH, TASKS * EXPERTS)]
-        gemms, model = Gemms(shapes, ROWS, dtype), MMoE(WIDTH, TASKS, EXPERTS, EXPERT)
+        model = MMoE(WIDTH, TASKS, EXPERTS, EXPERT)
         x = torch.randn(ROWS, WIDTH, dtype=dtype, requires_grad=True)
         gradients = [torch.randn(ROWS, EXPERT[-1], dtype=dtype) for _ in range(TASKS)]
 
         def step(model=model, x=x, gradients=gradients, bf16=dtype == torch.bfloat16) -> None:  # type: ignore[no-untyped-def]
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                outputs = model(x)
+                outputs = model(Features((x,)))
             torch.autograd.backward(outputs, gradients)
 
-        step()
+        gemms = Gemms(watched(step), dtype)
         ratios = [cpu_seconds(gemms) / cpu_seconds(step) for _ in range(a.rounds)]
         print(f"{name}: matrix products / MMoE  {statistics.median(ratios):.3f}  ({min(ratios):.3f} … {max(ratios):.3f})")
 

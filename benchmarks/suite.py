@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.limit import DTYPES, Limit, cpu_seconds, keep_memory, reader_of, real_batches
+from benchmarks.gemms import DTYPES, cpu_seconds
+from benchmarks.limit import Limit, keep_memory, reader_of, real_batches
 from benchmarks.loops import InMemory, PyTorch, TorchRec
 from distmtl.batch import Batch
 from distmtl.cluster.trainer import KEEP_MEMORY

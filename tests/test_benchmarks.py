@@ -4,7 +4,9 @@ import pytest
 import tiny
 
 from benchmarks.check import drops
-from benchmarks.limit import DTYPES, cpu_seconds, exchange_bytes, pieces, products, real_batches
+from benchmarks.gemms import DTYPES, cpu_seconds, products
+from benchmarks.heads import HEADS, markdown, measure
+from benchmarks.limit import exchange_bytes, pieces, real_batches
 from benchmarks.loops import InMemory, PyTorch
 from distmtl.config_file import parse_config
 from distmtl.model.layout import Layout
@@ -26,14 +28,20 @@ def test_a_drop_is_one_of_more_than_15_percent():
 
 
 def test_products_are_the_heads(config):
-    width = Layout.of(config).width
-    assert sorted(products(config)) == sorted(
-        [(width, 16)] * 3 + [(16, 8)] * 3 + [(width, 6)] + [s for t in config.tasks for s in _tower(8, t.tower)]
-    )
+    """Of every layer forward, the gradient of its input and that of its weight."""
+    width, rows = Layout.of(config).width, 5
+    layers = [(width, 16)] * 3 + [(16, 8)] * 3 + [(width, 6)] + [(8, 8), (8, 1)] * 2  # experts, the gates as one, towers
+    expected = [product for i, o in layers for product in ((i, rows, o), (o, rows, i), (rows, i, o))]
+    unordered = lambda inner, *outer: (inner, *sorted(outer))  # noqa: E731  # (A·B)ᵀ = Bᵀ·Aᵀ
+    found = [unordered(p.inner, p.rows, p.columns) for p in products(config, rows)]
+    assert sorted(found) == sorted(unordered(*p) for p in expected)
 
 
-def _tower(width, layers):
-    return list(zip((width, *layers), (*layers, 1), strict=True))
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_head_is_measured_beside_its_own_products(config, kind):
+    found = measure(config, [kind], rounds=1)[kind]
+    assert found["ratio"] > 0 and found["products"] > 0.5 and found["parameters"] >= 1
+    assert f"| {kind} | {found['products']:.2f} |" in markdown({"conditions": {"versions": {}}, "heads": {kind: found}})
 
 
 def test_every_piece_of_the_limit_and_the_loops_run(config):

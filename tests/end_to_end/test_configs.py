@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from worlds import run_world, train_world
 
 from distmtl.__main__ import main, parse
+from distmtl.config import HeadConfig
 from distmtl.config_file import load_config, parse_config
 from distmtl.data.synthetic import World, write_log
 
@@ -19,22 +22,30 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def synthetic(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("log") / "synthetic"
-    write_log(out, World(), rows=40_000)
-    return out
+def checkout(tmp_path_factory) -> Path:
+    """The configs, and beside them the logs that they name, small."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    write_log(folder / "data" / "synthetic", World(), rows=40_000)
+    write_log(folder / "data" / "domains", World(domains=3), rows=40_000)
+    return folder
 
 
-def shortened(path: Path, synthetic: Path, run: Path):
-    data = [f"data.{s}={synthetic / s}" for s in ("train", "validation", "test")]
-    return load_config(path, [*data, f"run.dir={run}", "train.steps=6", "train.eval_every=3"])
+def shortened(path: Path, run: Path):
+    return load_config(path, [f"run.dir={run}", "train.steps=6", "train.eval_every=3"])
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
-def test_shipped_configs_train(name, synthetic, tmp_path):
-    result = train_world(shortened(ROOT / "configs" / name, synthetic, tmp_path / "run"), 2)
+def test_shipped_configs_train(name, checkout, tmp_path):
+    result = train_world(shortened(checkout / "configs" / name, tmp_path / "run"), 2)
     assert result["steps"] == 6 and set(result["metrics"]) == {"validation", "test"}
     assert result["metrics"]["test"]["click"]["best_possible_auc"] > 0.75
+
+
+def test_every_head_has_a_config():
+    kinds = {head.model_fields["kind"].annotation.__args__[0] for head in get_args(get_args(HeadConfig)[0])}
+    shipped = {yaml.safe_load(path.read_text())["model"]["kind"] for path in (ROOT / "configs").glob("*.yaml")}
+    assert kinds - shipped == {"plugin"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "planning").glob("*.yaml")), ids=lambda p: p.stem)
@@ -46,8 +57,8 @@ def test_planning_configs_are_planned_as_their_first_lines_say(path, monkeypatch
 
 
 @pytest.mark.parametrize("head", ["mmoe", "ple", "shared_bottom"])
-def test_configs_beside_the_synthetic_log_train(head, synthetic, tmp_path):
-    result = train_world(shortened(synthetic / f"{head}.yaml", synthetic, tmp_path / "run"), 2)
+def test_configs_beside_the_synthetic_log_train(head, checkout, tmp_path):
+    result = train_world(shortened(checkout / "data" / "synthetic" / f"{head}.yaml", tmp_path / "run"), 2)
     assert result["steps"] == 6
 
 
