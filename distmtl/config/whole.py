@@ -174,11 +174,19 @@ def _descent(config: Config) -> list[str]:
             for p in t.parents
             if not isinstance(tasks[p], BinaryTask)
         ]
-        if space in ("entire", "joint") and (not isinstance(t, BinaryTask) or t.delay or _reweighted(t)):
+        if space in ("entire", "joint") and (not isinstance(t, BinaryTask) or t.delay or _reweighted(t) or t.kept_negatives < 1):
             out.append(
-                f"task {t.name!r}: space {space} is of probabilities: it needs kind binary without delay, focal and pos_weight, "
-                "or space: observed"
+                f"task {t.name!r}: space {space} is of probabilities: it needs kind binary without delay, focal, pos_weight and "
+                "kept_negatives, or space: observed"
             )
+        if space == "joint":
+            out += [
+                f"task {p!r}: with kept_negatives, nothing constant corrects task {t.name!r} of space joint; use entire or observed there"
+                for p in t.parents
+                if isinstance(parent := tasks[p], BinaryTask) and parent.kept_negatives < 1
+            ]
+            if isinstance(t, BinaryTask) and t.true_probability_entire:
+                out.append(f"task {t.name!r}: true_probability_entire is of the task given its parents, which space joint does not predict")
         if space == "entire":
             out += [
                 f"task {p!r}: its focal or pos_weight bends P({p}), which space entire of task {t.name!r} multiplies; leave it out"
