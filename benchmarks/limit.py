@@ -39,6 +39,7 @@ from distmtl.data.reader import Reader
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import Process
 from distmtl.loop import train_reader
+from distmtl.model.embeddings import DenseColumns
 from distmtl.model.experts import Experts, Gate
 from distmtl.model.head import Head
 from distmtl.model.layout import Layout
@@ -64,9 +65,9 @@ def real_batches(config: Config, count: int = BATCHES) -> list[Batch]:
 
 
 def products(config: Config) -> list[tuple[int, int]]:
-    """(in, out) of every matrix product of the head; the gates are one."""
+    """(in, out) of every matrix product of the head and below it; the gates are one."""
     head, shapes, gates = Head(config, Layout.of(config)), [], {}
-    for module in head.modules():
+    for module in (*DenseColumns(config).modules(), *head.modules()):
         if isinstance(module, Experts):
             shapes += [(w.shape[2], w.shape[1]) for w in module.weights for _ in range(w.shape[0])]
         elif isinstance(module, Gate):
@@ -113,7 +114,7 @@ class RawTables:
     def __init__(self, config: Config, batches: list[Batch]):
         tables: dict[str, tuple[int, int]] = {}
         for f in config.embedded:
-            tables.setdefault(f.table_name, (f.rows, f.dim))
+            tables.setdefault(f.table_name, (f.table_rows, f.dim))
         names = list(tables)
         self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
             [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, dim in tables.values()],
@@ -140,7 +141,7 @@ class RandomRows:
 
     def __init__(self, config: Config, batches: list[Batch]):
         dim = max(f.dim for f in config.embedded)
-        offsets = torch.cumsum(torch.tensor([0] + [f.rows for f in config.embedded]), 0)
+        offsets = torch.cumsum(torch.tensor([0] + [f.table_rows for f in config.embedded]), 0)
         self.table = torch.zeros(int(offsets[-1]), dim)
         self.ids, self.next = [], 0
         for b in batches:

@@ -14,7 +14,7 @@ from torch import Size
 
 from distmtl import checkpoint
 from distmtl.checkpoint import Changes, Checkpoint
-from distmtl.config import BucketFeature, Config
+from distmtl.config import BucketFeature, Config, DotConfig
 from distmtl.config_file import dump_config, parse_config
 from distmtl.data.collate import alike_type, is_list, is_string
 from distmtl.data.dataset import Dataset
@@ -34,13 +34,22 @@ FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a
 # What a new run may change that only starts from another one's weights: everything but what gives them their shape and meaning.
 FREE_FROM_WEIGHTS = (
     *(f"{section}.*" for section in ("cluster", "data", "evaluation", "optimizer", "run", "sharding", "tables", "train", "weighting")),
-    "name", "model.dropout", "features.*.column", "features.*.out_of_range", "tasks.*.label", "tasks.*.weight", "tasks.*.bias",
+    "name", "model.dropout", "features.*.column", "features.*.out_of_range", "features.*.id_dropout", "tasks.*.label", "tasks.*.weight", "tasks.*.bias",
     "tasks.*.true_probability",
 )  # fmt: skip
 
 
 # What `--resume-policy matching` may change besides: what a model is made of.
-FREE_IF_MATCHING = ("features.*", "tables.*", "tasks.*", "model.*", "optimizer.tables.*", "optimizer.clip_norm", "sharding.*")
+FREE_IF_MATCHING = (
+    "features.*",
+    "tables.*",
+    "tasks.*",
+    "interaction*",
+    "model.*",
+    "optimizer.tables.*",
+    "optimizer.clip_norm",
+    "sharding.*",
+)
 ResumePolicy = Literal["strict", "matching"]
 
 
@@ -135,7 +144,7 @@ def checkpoint_config(found: Checkpoint) -> Config:
 
 def same_model(config: Config, found: Checkpoint) -> bool:
     """Whether a checkpoint's tables, their optimizers' state and its dense parameters are the config's, each and all."""
-    old, parts = checkpoint_config(found), {"features", "tasks", "model"}
+    old, parts = checkpoint_config(found), {"features", "tasks", "interaction", "model"}
     return old.model_dump(include=parts) == config.model_dump(include=parts) and not _other_optimizers(config, old)
 
 
@@ -151,6 +160,10 @@ def changes(config: Config, found: Checkpoint, train_set: Dataset) -> Changes:
             hashed = feature.out_of_range == "hash" and any(getattr(f, "out_of_range", "") == "hash" for f in before)
             if hashed or _is_string(feature.source, train_set):
                 tables[feature.table_name] = f"is read by {feature.name!r}, whose ids are hashed to other rows now"
+            elif any(f.extra_rows for f in before):
+                tables[feature.table_name] = (
+                    f"is read by {feature.name!r}, whose {' and '.join(before[0].extra_rows)} rows lie elsewhere now"
+                )
         elif any(isinstance(f, BucketFeature) for f in before):
             tables[feature.table_name] = f"was read by {before[0].name!r}, a bucket"
     return Changes(tables, _other_optimizers(config, old), _former_name(config, old))
@@ -176,7 +189,9 @@ def _former_name(config: Config, old: Config) -> Any:
     """For `Changes`: towers and gates go with their task, not with its place in the list; what reads the feature vector, and
     networks that belong to tasks, fit only where those are laid out alike."""
     now, then = ([(t.name, t.kind) for t in c.tasks] for c in (config, old))
-    vectors = [[(f.name, f.dim) for f in c.embedded] + [(f.name, f.width) for f in c.dense] for c in (config, old)]
+    vectors = [([(f.name, f.dim) for f in c.embedded] + [(f.name, f.columns) for f in c.dense], c.interaction) for c in (config, old)]
+    width = sum(columns for _, columns in vectors[0][0])
+    widths = {width, width + DotConfig.pairs(len(config.embedded))} if isinstance(config.interaction, DotConfig) else {width}
     dealt = [
         [getattr(c.model, key, None) for key in ("kind", "network", "shared_experts", "task_experts", "groups")] for c in (config, old)
     ]
@@ -194,7 +209,7 @@ def _former_name(config: Config, old: Config) -> Any:
             name = f"{before}{then.index(task)}{after}"
         if ".sharing." in name and not experts_fit:
             why = "has its experts dealt to the tasks in another way now"
-        elif vectors[0] != vectors[1] and shape and shape[-1] == sum(width for _, width in vectors[0]):
+        elif vectors[0] != vectors[1] and ".head." in name and (".interaction." in name or (shape and shape[-1] in widths)):
             why = "reads the features, which are others or in another order now"
         return name, why
 
@@ -214,7 +229,11 @@ def _same(new: Config, old: Config, where: str, free: tuple[str, ...], matching:
     if new.optimizer.schedule.decay == "none":
         free += FREE_WITHOUT_DECAY
     a, b = _flat(new.model_dump(mode="json")), _flat(old.model_dump(mode="json"))
-    differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not _is_one_of(k, free)]
+    differing = [
+        k
+        for k in sorted(a.keys() | b.keys())
+        if (then := b.get(k)) != (now := a.get(k)) and ("oov" in (then, now) or not _is_one_of(k, free))
+    ]  # out_of_range may be free, but oov has a row of its own
     differing.sort(key=lambda k: _is_one_of(k, FREE_IF_MATCHING))  # first what no policy allows
     lines = [f"  - {k}: {b.get(k)!r} there, {a.get(k)!r} now" for k in differing]
     if any(not _is_one_of(k, matching) for k in differing):

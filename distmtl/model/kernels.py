@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,10 +48,16 @@ def side_by_side(
     pooled: Tensor, blocks: Sequence[Sequence[Run]], scales: Tensor | None, dense: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
     """For every block its runs of columns of `pooled`, then `dense`; cast on the way. Every column of `pooled` is in one run.
+    `dense` gets a gradient where it is no data.
 
     pooled (B, D), scales (S, B), dense (B, N) → as many (B, width of the block's runs + N)
     """
     return _SideBySide.apply(pooled, tuple(map(tuple, blocks)), scales, dense, dtype or pooled.dtype)
+
+
+def pairwise_dots(vectors: Tensor) -> Tensor:
+    """xᵢ·xⱼ of all i < j, (0, 1), (0, 2), … (1, 2), …: (B, F, d) → (B, F·(F-1)/2)"""
+    return _PairwiseDots.apply(*_cast(vectors))
 
 
 def _cast(*tensors: Tensor) -> list[Tensor]:
@@ -106,7 +113,7 @@ class _SideBySide(torch.autograd.Function):
     def forward(
         ctx: Any, pooled: Tensor, blocks: tuple[tuple[Run, ...], ...], scales: Tensor | None, dense: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        ctx.blocks, ctx.scales, ctx.like = blocks, scales, (pooled.shape, pooled.dtype)
+        ctx.blocks, ctx.scales, ctx.like, ctx.dense = blocks, scales, (pooled.shape, pooled.dtype), (dense.shape[1], dense.dtype)
         outs = []
         for runs in blocks:
             out = dense.new_empty(len(dense), sum(r.width for r in runs) + dense.shape[1], dtype=dtype)
@@ -132,7 +139,36 @@ class _SideBySide(torch.autograd.Function):
                     columns = columns * ctx.scales[run.scale, :, None]
                 of_pooled[:, run.first : run.first + run.width] = columns
                 start += run.width
-        return of_pooled, None, None, None, None
+        of_dense = None
+        if ctx.needs_input_grad[3]:
+            columns, dtype = ctx.dense
+            of_dense = torch.stack([g[:, g.shape[1] - columns :] for g in gradients]).sum(0, dtype=dtype)
+        return of_pooled, None, None, of_dense, None
+
+
+class _PairwiseDots(torch.autograd.Function):
+    """With the pairs' gradients as a symmetric matrix, that of the vectors is one product too."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor) -> Tensor:
+        ctx.save_for_backward(vectors)
+        i, j = _pairs(vectors.shape[1], vectors.device)
+        return torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, i * vectors.shape[1] + j)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (vectors,) = ctx.saved_tensors
+        features = vectors.shape[1]
+        i, j = _pairs(features, vectors.device)
+        symmetric = gradient.new_zeros(len(gradient), features * features)
+        symmetric.index_copy_(1, i * features + j, gradient).index_copy_(1, j * features + i, gradient)
+        return torch.bmm(symmetric.view(-1, features, features), vectors)
+
+
+@lru_cache
+def _pairs(features: int, device: torch.device) -> Tensor:
+    return torch.triu_indices(features, features, offset=1, device=device)
 
 
 class _Mix(torch.autograd.Function):
