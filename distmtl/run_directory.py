@@ -14,7 +14,7 @@ from torch import Size
 
 from distmtl import checkpoint
 from distmtl.checkpoint import Changes, Checkpoint
-from distmtl.config import BucketFeature, Config, DotConfig
+from distmtl.config import BucketFeature, Config, DotConfig, IdFeature
 from distmtl.config_file import dump_config, parse_config
 from distmtl.data.collate import alike_type, is_list, is_string
 from distmtl.data.dataset import Dataset
@@ -34,22 +34,15 @@ FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a
 # What a new run may change that only starts from another one's weights: everything but what gives them their shape and meaning.
 FREE_FROM_WEIGHTS = (
     *(f"{section}.*" for section in ("cluster", "data", "evaluation", "optimizer", "run", "sharding", "tables", "train", "weighting")),
-    "name", "model.dropout", "features.*.column", "features.*.out_of_range", "features.*.id_dropout", "tasks.*.label", "tasks.*.weight", "tasks.*.bias",
-    "tasks.*.true_probability",
+    "name", "model.dropout", "features.*.column", "features.*.out_of_range", "features.*.id_dropout", "tasks.*.label", "tasks.*.weight",
+    "tasks.*.bias", "tasks.*.true_probability",
 )  # fmt: skip
 
 
 # What `--resume-policy matching` may change besides: what a model is made of.
 FREE_IF_MATCHING = (
-    "features.*",
-    "tables.*",
-    "tasks.*",
-    "interaction*",
-    "model.*",
-    "optimizer.tables.*",
-    "optimizer.clip_norm",
-    "sharding.*",
-)
+    "features.*", "tables.*", "tasks.*", "interaction*", "model.*", "optimizer.tables.*", "optimizer.clip_norm", "sharding.*",
+)  # fmt: skip
 ResumePolicy = Literal["strict", "matching"]
 
 
@@ -156,17 +149,22 @@ def changes(config: Config, found: Checkpoint, train_set: Dataset) -> Changes:
         if isinstance(feature, BucketFeature):
             if before and feature.boundaries not in [getattr(f, "boundaries", None) for f in before]:
                 tables[feature.table_name] = f"is read by {feature.name!r}, whose boundaries are others now"
+        elif before and _extra_rows_moved(feature, before[0]):
+            tables[feature.table_name] = f"is read by {feature.name!r}, whose rows of oov or missing ids lie elsewhere now"
         elif before and feature.rows not in [f.rows for f in before]:
             hashed = feature.out_of_range == "hash" and any(getattr(f, "out_of_range", "") == "hash" for f in before)
             if hashed or _is_string(feature.source, train_set):
                 tables[feature.table_name] = f"is read by {feature.name!r}, whose ids are hashed to other rows now"
-            elif any(f.extra_rows for f in before):
-                tables[feature.table_name] = (
-                    f"is read by {feature.name!r}, whose {' and '.join(before[0].extra_rows)} rows lie elsewhere now"
-                )
         elif any(isinstance(f, BucketFeature) for f in before):
             tables[feature.table_name] = f"was read by {before[0].name!r}, a bucket"
     return Changes(tables, _other_optimizers(config, old), _former_name(config, old))
+
+
+def _extra_rows_moved(now: IdFeature, then: IdFeature | BucketFeature) -> bool:
+    """Whether a row that the table had and has is, or was, an extra one and the other not."""
+    common = min(now.table_rows, then.table_rows)
+    before, after = ({f.rows + i: name for i, name in enumerate(f.extra_rows) if f.rows + i < common} for f in (then, now))
+    return before != after
 
 
 def _is_string(column: str, dataset: Dataset) -> bool:
@@ -229,11 +227,8 @@ def _same(new: Config, old: Config, where: str, free: tuple[str, ...], matching:
     if new.optimizer.schedule.decay == "none":
         free += FREE_WITHOUT_DECAY
     a, b = _flat(new.model_dump(mode="json")), _flat(old.model_dump(mode="json"))
-    differing = [
-        k
-        for k in sorted(a.keys() | b.keys())
-        if (then := b.get(k)) != (now := a.get(k)) and ("oov" in (then, now) or not _is_one_of(k, free))
-    ]  # out_of_range may be free, but oov has a row of its own
+    differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    differing = [k for k in differing if not _is_one_of(k, free) or "oov" in (a.get(k), b.get(k))]  # out_of_range may differ; oov is a row
     differing.sort(key=lambda k: _is_one_of(k, FREE_IF_MATCHING))  # first what no policy allows
     lines = [f"  - {k}: {b.get(k)!r} there, {a.get(k)!r} now" for k in differing]
     if any(not _is_one_of(k, matching) for k in differing):
