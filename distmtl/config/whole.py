@@ -132,7 +132,7 @@ def _clashes(config: Config) -> list[str]:
             )
         elif first.extra_rows != f.extra_rows:
             out.append(
-                f"table {f.table_name!r}: feature {f.name!r} wants {' and '.join(f.extra_rows) or 'no'} rows on top, feature {first.name!r} "
+                f"table {f.table_name!r}: feature {f.name!r} wants {' and '.join(f.extra_rows) or 'no'} rows on top, {first.name!r} "
                 f"{' and '.join(first.extra_rows) or 'none'}; give both the same out_of_range and missing, or different tables"
             )
     out += [f"table {n!r}: TorchRec cannot have a table of this name; choose another" for n in sorted(RESERVED & tables.keys())]
