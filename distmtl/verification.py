@@ -83,6 +83,7 @@ def shrink(config: Config, folder: str) -> tuple[Config, list[str]]:
         if isinstance(feature, IdFeature) and feature.rows > MAX_TABLE_ROWS:
             changes.append(
                 f"table {feature.table_name!r} has {MAX_TABLE_ROWS:,} rows instead of {feature.rows:,}, and ids are hashed into it"
+                + (", none dropped" if feature.id_dropout else "")
             )
             feature = feature.model_copy(update={"rows": MAX_TABLE_ROWS, "out_of_range": "hash", "id_dropout": 0.0})
         features.append(feature)

@@ -14,7 +14,6 @@ from distmtl.errors import DistmtlError
 from distmtl.model.embeddings import FeatureVector
 from distmtl.model.head import Head
 from distmtl.model.interaction import Cross, Dot
-from distmtl.model.kernels import pairwise_dots
 from distmtl.model.layout import Features, Layout
 from distmtl.model.multitask import initialise_dense
 
@@ -61,7 +60,7 @@ def test_dot_by_hand():
         v = [x[row, f * dim : (f + 1) * dim].tolist() for f in range(features)]
         dots = [sum(a * b for a, b in zip(v[i], v[j], strict=True)) for i in range(features) for j in range(i + 1, features)]
         assert out[row].tolist() == pytest.approx([*x[row].tolist(), *dots], abs=1e-12)
-    assert gradcheck(pairwise_dots, torch.randn(B, features, dim, dtype=torch.float64, requires_grad=True))
+    assert gradcheck(Dot(features, dim), x.requires_grad_())
 
 
 def test_dots_are_of_the_embeddings_and_places_stay():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from distmtl.config import Config, CrossConfig, DotConfig
-from distmtl.model.kernels import pairwise_dots
+from distmtl.model.kernels import with_dots
 from distmtl.model.layout import Layout
 
 
@@ -43,8 +42,7 @@ class Dot(nn.Module):
         self.features, self.dim = features, dim
 
     def forward(self, x: Tensor) -> Tensor:
-        vectors = x[:, : self.features * self.dim].view(-1, self.features, self.dim)
-        return torch.cat([x, pairwise_dots(vectors)], dim=1)
+        return with_dots(x, self.features, self.dim)
 
 
 def interaction(config: Config, layout: Layout) -> tuple[nn.Module | None, Layout]:

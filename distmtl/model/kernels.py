@@ -55,9 +55,13 @@ def side_by_side(
     return _SideBySide.apply(pooled, tuple(map(tuple, blocks)), scales, dense, dtype or pooled.dtype)
 
 
-def pairwise_dots(vectors: Tensor) -> Tensor:
-    """xᵢ·xⱼ of all i < j, (0, 1), (0, 2), … (1, 2), …: (B, F, d) → (B, F·(F-1)/2)"""
-    return _PairwiseDots.apply(*_cast(vectors))
+def with_dots(x: Tensor, features: int, dim: int) -> Tensor:
+    """x, then vᵢ·vⱼ of the vectors in its first features·dim columns, (0, 1), (0, 2), …, (1, 2), …
+
+    (B, D) → (B, D + features·(features-1)/2)
+    """
+    (x,) = _cast(x)
+    return _WithDots.apply(x, features, dim)
 
 
 def _cast(*tensors: Tensor) -> list[Tensor]:
@@ -146,24 +150,29 @@ class _SideBySide(torch.autograd.Function):
         return of_pooled, None, None, of_dense, None
 
 
-class _PairwiseDots(torch.autograd.Function):
-    """With the pairs' gradients as a symmetric matrix, that of the vectors is one product too."""
+class _WithDots(torch.autograd.Function):
+    """With the dots' gradients as a symmetric matrix, that of the vectors is one product too."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor) -> Tensor:
-        ctx.save_for_backward(vectors)
-        i, j = _pairs(vectors.shape[1], vectors.device)
-        return torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, i * vectors.shape[1] + j)
+    def forward(ctx: Any, x: Tensor, features: int, dim: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.features, ctx.dim = features, dim
+        vectors = x[:, : features * dim].view(-1, features, dim)
+        i, j = _pairs(features, x.device)
+        dots = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
+        return torch.cat([x, dots.index_select(1, i * features + j)], dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (vectors,) = ctx.saved_tensors
-        features = vectors.shape[1]
-        i, j = _pairs(features, vectors.device)
-        symmetric = gradient.new_zeros(len(gradient), features * features)
-        symmetric.index_copy_(1, i * features + j, gradient).index_copy_(1, j * features + i, gradient)
-        return torch.bmm(symmetric.view(-1, features, features), vectors)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (x,), features, dim = ctx.saved_tensors, ctx.features, ctx.dim
+        i, j = _pairs(features, x.device)
+        symmetric, of_dots = gradient.new_zeros(len(x), features * features), gradient[:, x.shape[1] :]
+        symmetric.index_copy_(1, i * features + j, of_dots).index_copy_(1, j * features + i, of_dots)
+        of_x = gradient[:, : x.shape[1]].clone()
+        vectors, of_vectors = (t[:, : features * dim].view(-1, features, dim) for t in (x, of_x))
+        of_vectors += torch.bmm(symmetric.view(-1, features, features), vectors)
+        return of_x, None, None
 
 
 @lru_cache
