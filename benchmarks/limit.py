@@ -92,7 +92,7 @@ class RandomRows:
 
     def __init__(self, config: Config, batches: list[Batch]):
         dim = max(columns for _, columns in config.tables_read.values())
-        offsets = torch.cumsum(torch.tensor([0] + [f.rows for f in config.embedded]), 0)
+        offsets = torch.cumsum(torch.tensor([0] + [f.table_rows for f in config.embedded]), 0)
         self.table = torch.zeros(int(offsets[-1]), dim)
         self.ids, self.next = [], 0
         for b in batches:

@@ -25,7 +25,7 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from benchmarks.limit import RawTables
 from distmtl.batch import Batch
 from distmtl.config import Config, MMoEConfig
-from distmtl.model.embeddings import embedding_tables
+from distmtl.model.embeddings import DenseColumns, embedding_tables
 from distmtl.model.head import Head
 from distmtl.model.kernels import Run, side_by_side
 from distmtl.model.layout import Features, Layout
@@ -38,7 +38,7 @@ class TextbookHead(nn.Module):
     def __init__(self, config: Config, width: int):
         super().__init__()
         model = config.model
-        assert isinstance(model, MMoEConfig)
+        assert isinstance(model, MMoEConfig) and config.interaction is None
 
         def mlp(into: int, layers: tuple[int, ...]) -> nn.Sequential:
             sizes = list(zip((into, *layers), layers, strict=False))
@@ -65,8 +65,9 @@ class InMemory:
     def __init__(self, config: Config, batches: list[Batch]):
         self.tables = RawTables(config, batches).tbe
         self.head = Head(config, Layout.of(config))
+        self.dense = DenseColumns(config)
         initialise_dense(self.head, config.run.seed)
-        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=1e-3, fused=True)
+        self.optimizer = torch.optim.Adam([*self.dense.parameters(), *self.head.parameters()], lr=1e-3, fused=True)
 
     def train(self, batches: Iterable[Batch]) -> None:
         for batch in batches:
@@ -74,7 +75,8 @@ class InMemory:
 
     def _step(self, batch: Batch) -> None:
         pooled = self.tables(batch.sparse.values(), batch.sparse.offsets().long())
-        vectors = side_by_side(pooled, [[Run(0, pooled.shape[1])]], None, batch.dense, torch.bfloat16 if self.head.bf16 else None)
+        dense, dtype = self.dense(batch.dense), torch.bfloat16 if self.head.bf16 else None
+        vectors = side_by_side(pooled, [[Run(0, pooled.shape[1])]], None, dense, dtype)
         loss = loss_of(self.head(Features(vectors)), batch.labels)
         self.optimizer.zero_grad()
         loss.backward()
@@ -85,12 +87,13 @@ class TorchRec:
     class Model(nn.Module):
         def __init__(self, config: Config, head: nn.Module):
             super().__init__()
-            self.tables, self.head = embedding_tables(config), head
+            self.tables, self.dense, self.head = embedding_tables(config), DenseColumns(config), head
             self.keys = [f.name for f in config.embedded]
 
         def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
             pooled = self.tables(batch.sparse).to_dict()
-            loss = loss_of(self.head(Features((torch.cat([*(pooled[k] for k in self.keys), batch.dense], dim=1),))), batch.labels)
+            vectors = (torch.cat([*(pooled[k] for k in self.keys), self.dense(batch.dense)], dim=1),)
+            loss = loss_of(self.head(Features(vectors)), batch.labels)
             return loss, loss.detach()
 
     def __init__(self, config: Config, tuned: bool):
@@ -120,17 +123,17 @@ class TorchRec:
 
 class PyTorch:
     def __init__(self, config: Config):
-        sizes = {f.table_name: (f.rows, f.dim) for f in config.embedded}
+        sizes = {f.table_name: (f.table_rows, f.dim) for f in config.embedded}
         self.tables = nn.ModuleDict({k: nn.EmbeddingBag(*size, mode="sum", sparse=True) for k, size in sizes.items()})
         self.features = [(f.name, f.table_name) for f in config.embedded]
-        self.head = TextbookHead(config, Layout.of(config).width)
+        self.dense, self.head = DenseColumns(config), TextbookHead(config, Layout.of(config).width)
         self.sparse = torch.optim.Adagrad(self.tables.parameters(), lr=0.05)
-        self.dense = torch.optim.Adam(self.head.parameters(), lr=1e-3)
+        self.adam = torch.optim.Adam([*self.dense.parameters(), *self.head.parameters()], lr=1e-3)
 
     def logits(self, batch: Batch) -> Tensor:
         jagged = batch.sparse.to_dict()
         pooled = [self.tables[table](jagged[name].values(), jagged[name].offsets()[:-1].long()) for name, table in self.features]
-        return self.head(Features((torch.cat([*pooled, batch.dense], dim=1),)))
+        return self.head(Features((torch.cat([*pooled, self.dense(batch.dense)], dim=1),)))
 
     def train(self, batches: Iterable[Batch]) -> None:
         for batch in batches:
@@ -139,7 +142,7 @@ class PyTorch:
     def _step(self, batch: Batch) -> None:
         loss = loss_of(self.logits(batch), batch.labels)
         self.sparse.zero_grad()
-        self.dense.zero_grad()
+        self.adam.zero_grad()
         loss.backward()
         self.sparse.step()
-        self.dense.step()
+        self.adam.step()

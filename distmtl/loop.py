@@ -452,7 +452,7 @@ def train_reader(config: Config, dataset: Dataset, process: Process) -> Reader:
     """This rank's share of the training rows, in the order of training."""
     return Reader(
         dataset,
-        Collator(config, locate=dataset.locate),
+        Collator(config, locate=dataset.locate, training=True),
         global_batch_size=config.train.global_batch_size,
         num_streams=config.data.num_streams,
         window=config.data.shuffle_window,

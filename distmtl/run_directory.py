@@ -14,7 +14,7 @@ from torch import Size
 
 from distmtl import checkpoint
 from distmtl.checkpoint import Changes, Checkpoint
-from distmtl.config import BucketFeature, Config
+from distmtl.config import BucketFeature, Config, DotConfig, IdFeature
 from distmtl.config_file import dump_config, parse_config
 from distmtl.data.collate import alike_type, is_list, is_string
 from distmtl.data.dataset import Dataset
@@ -35,13 +35,16 @@ FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a
 # What a new run may change that only starts from another one's weights: everything but what gives them their shape and meaning.
 FREE_FROM_WEIGHTS = (
     *(f"{section}.*" for section in ("cluster", "data", "evaluation", "optimizer", "run", "sharding", "tables", "train", "weighting")),
-    "name", "model.dropout", "features.*.column", "features.*.out_of_range", "tasks.*.label", "tasks.*.weight", "tasks.*.bias",
-    "tasks.*.true_probability*", "tasks.*.space", "tasks.*.pos_weight", "tasks.*.focal", "tasks.*.kept_negatives",
+    "name", "model.dropout", "features.*.column", "features.*.out_of_range", "features.*.id_dropout",
+    "tasks.*.label", "tasks.*.weight", "tasks.*.bias", "tasks.*.true_probability*", "tasks.*.space", "tasks.*.pos_weight", "tasks.*.focal",
+    "tasks.*.kept_negatives",
 )  # fmt: skip
 
 
 # What `--resume-policy matching` may change besides: what a model is made of.
-FREE_IF_MATCHING = ("features.*", "tables.*", "tasks.*", "model.*", "optimizer.tables.*", "optimizer.clip_norm", "sharding.*")
+FREE_IF_MATCHING = (
+    "features.*", "tables.*", "tasks.*", "interaction*", "model.*", "optimizer.tables.*", "optimizer.clip_norm", "sharding.*",
+)  # fmt: skip
 ResumePolicy = Literal["strict", "matching"]
 
 
@@ -136,7 +139,7 @@ def checkpoint_config(found: Checkpoint) -> Config:
 
 def same_model(config: Config, found: Checkpoint) -> bool:
     """Whether a checkpoint's tables, their optimizers' state and its dense parameters are the config's, each and all."""
-    old, parts = checkpoint_config(found), {"features", "tasks", "model"}
+    old, parts = checkpoint_config(found), {"features", "tasks", "interaction", "model"}
     return old.model_dump(include=parts) == config.model_dump(include=parts) and not _other_optimizers(config, old)
 
 
@@ -148,6 +151,8 @@ def changes(config: Config, found: Checkpoint, train_set: Dataset) -> Changes:
         if isinstance(feature, BucketFeature):
             if before and feature.boundaries not in [getattr(f, "boundaries", None) for f in before]:
                 tables[feature.table_name] = f"is read by {feature.name!r}, whose boundaries are others now"
+        elif before and _extra_rows_moved(feature, before[0]):
+            tables[feature.table_name] = f"is read by {feature.name!r}, whose rows of oov or missing ids lie elsewhere now"
         elif before and feature.rows not in [f.rows for f in before]:
             hashed = feature.out_of_range == "hash" and any(getattr(f, "out_of_range", "") == "hash" for f in before)
             if hashed or _is_string(feature.source, train_set):
@@ -155,6 +160,13 @@ def changes(config: Config, found: Checkpoint, train_set: Dataset) -> Changes:
         elif any(isinstance(f, BucketFeature) for f in before):
             tables[feature.table_name] = f"was read by {before[0].name!r}, a bucket"
     return Changes(tables, _other_optimizers(config, old), _former_name(config, old))
+
+
+def _extra_rows_moved(now: IdFeature, then: IdFeature | BucketFeature) -> bool:
+    """Whether a row that the table had and has is, or was, an extra one and the other not."""
+    common = min(now.table_rows, then.table_rows)
+    before, after = ({f.rows + i: name for i, name in enumerate(f.extra_rows) if f.rows + i < common} for f in (then, now))
+    return before != after
 
 
 def _is_string(column: str, dataset: Dataset) -> bool:
@@ -177,7 +189,9 @@ def _former_name(config: Config, old: Config) -> Any:
     """For `Changes`: towers and gates go with their task, not with its place in the list; what reads the feature vector, and
     networks that belong to tasks, fit only where those are laid out alike."""
     now, then = ([(t.name, t.kind) for t in c.tasks] for c in (config, old))
-    vectors = [[(f.name, f.dim) for f in c.embedded] + [(f.name, f.width) for f in c.dense] for c in (config, old)]
+    vectors = [([(f.name, f.dim) for f in c.embedded] + [(f.name, f.columns) for f in c.dense], c.interaction) for c in (config, old)]
+    width = sum(columns for _, columns in vectors[0][0])
+    widths = {width, width + DotConfig.pairs(len(config.embedded))} if isinstance(config.interaction, DotConfig) else {width}
     dealt = [
         [getattr(c.model, key, None) for key in ("kind", "network", "shared_experts", "task_experts", "groups")] for c in (config, old)
     ]
@@ -195,7 +209,7 @@ def _former_name(config: Config, old: Config) -> Any:
             name = f"{before}{then.index(task)}{after}"
         if ".sharing." in name and not experts_fit:
             why = "has its experts dealt to the tasks in another way now"
-        elif vectors[0] != vectors[1] and shape and shape[-1] == sum(width for _, width in vectors[0]):
+        elif vectors[0] != vectors[1] and ".head." in name and (".interaction." in name or (shape and shape[-1] in widths)):
             why = "reads the features, which are others or in another order now"
         return name, why
 
@@ -215,7 +229,8 @@ def _same(new: Config, old: Config, where: str, free: tuple[str, ...], matching:
     if new.optimizer.schedule.decay == "none":
         free += FREE_WITHOUT_DECAY
     a, b = _flat(new.model_dump(mode="json")), _flat(old.model_dump(mode="json"))
-    differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not _is_one_of(k, free)]
+    differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    differing = [k for k in differing if not _is_one_of(k, free) or "oov" in (a.get(k), b.get(k))]  # out_of_range may differ; oov is a row
     differing.sort(key=lambda k: _is_one_of(k, FREE_IF_MATCHING))  # first what no policy allows
     lines = [f"  - {k}: {b.get(k)!r} there, {a.get(k)!r} now" for k in differing]
     if any(not _is_one_of(k, matching) for k in differing):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distmtl import checkpoint
@@ -26,6 +26,7 @@ from distmtl.distributed.ranks import run_ranks
 from distmtl.distributed.sharding import local_shards
 from distmtl.evaluation import evaluate
 from distmtl.loop import Training, open_splits, train
+from distmtl.model.embeddings import DenseColumns
 from distmtl.model.head import Head
 from distmtl.model.layout import Features, Layout
 from distmtl.model.loss import Terms
@@ -82,8 +83,9 @@ def shrink(config: Config, folder: str) -> tuple[Config, list[str]]:
         if isinstance(feature, IdFeature) and feature.rows > MAX_TABLE_ROWS:
             changes.append(
                 f"table {feature.table_name!r} has {MAX_TABLE_ROWS:,} rows instead of {feature.rows:,}, and ids are hashed into it"
+                + (", none dropped" if feature.id_dropout else "")
             )
-            feature = feature.model_copy(update={"rows": MAX_TABLE_ROWS, "out_of_range": "hash"})
+            feature = feature.model_copy(update={"rows": MAX_TABLE_ROWS, "out_of_range": "hash", "id_dropout": 0.0})
         features.append(feature)
     batch, streams = config.train.global_batch_size, config.data.num_streams
     if batch > MAX_BATCH:
@@ -191,9 +193,10 @@ def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, State]
     parameters afterwards."""
     weights = {n: v.clone() for n, v in ranks[0].before.items()}
     tables = {f.table_name: weights[f"model.embeddings.embedding_bags.{f.table_name}.weight"].requires_grad_() for f in config.embedded}
-    head, terms = Head(config, Layout.of(config)), Terms(config)
-    head.load_state_dict({n.removeprefix("model.head."): v for n, v in weights.items() if n.startswith("model.head.")})
-    dense = dense_optimizer(config.optimizer, list(head.parameters()))
+    columns, head, terms = DenseColumns(config), Head(config, Layout.of(config)), Terms(config)
+    model = nn.ModuleDict({"features": nn.ModuleDict({"dense": columns}), "head": head})  # the names of MultiTaskModel
+    model.load_state_dict({n.removeprefix("model."): v for n, v in weights.items() if not n.startswith("model.embeddings.")})
+    dense = dense_optimizer(config.optimizer, list(model.parameters()))
     momentum = {name: torch.zeros_like(table) for name, table in tables.items()}
     losses = []
     for step in range(len(ranks[0].batches)):
@@ -204,21 +207,21 @@ def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, State]
                 F.embedding_bag(batch.sparse[f.name].values(), tables[f.table_name], batch.sparse[f.name].offsets()[:-1], mode=f.pooling)
                 for f in config.embedded
             ]
-            features = Features((torch.cat([*parts, batch.dense], dim=1),), batch.domain, batch.rows >= 0)
+            features = Features((torch.cat([*parts, columns(batch.dense)], dim=1),), batch.domain, batch.rows >= 0)
             errors, counts = terms(head(features), batch)
             sums, totals = sums + (errors * counts).sum(0), totals + counts.sum(0)
         means = torch.where(totals > 0, sums / totals.clamp(min=1e-30), 0.0)
         losses.append(means.detach().double())
-        head.zero_grad()
+        model.zero_grad()
         for table in tables.values():
             table.grad = None
         (means * torch.tensor(terms.coefficients)).sum().backward()
         if config.optimizer.clip_norm:
-            torch.nn.utils.clip_grad_norm_(head.parameters(), config.optimizer.clip_norm)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         dense.step()
         for name, table in tables.items():
             _step_table(config.table_optimizer(name), table, momentum[name])
-    return torch.stack(losses), {n: w.detach() for n, w in weights.items()} | {f"model.head.{n}": v for n, v in head.state_dict().items()}
+    return torch.stack(losses), {n: w.detach() for n, w in weights.items()} | {f"model.{n}": v for n, v in model.state_dict().items()}
 
 
 def _step_table(optimizer: Any, table: Tensor, momentum: Tensor) -> None:

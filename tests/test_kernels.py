@@ -44,6 +44,7 @@ def test_side_by_side():
     pooled, dense, scales = normal(B, 8), torch.randn(B, 3, dtype=torch.float64), torch.rand(1, B, dtype=torch.float64)
     blocks = [[Run(5, 3), Run(0, 2, scale=0)], [Run(2, 3)]]
     assert gradcheck(lambda p: side_by_side(p, blocks, scales, dense), (pooled,))
+    assert gradcheck(lambda p, d: side_by_side(p, blocks, scales, d), (pooled, normal(B, 3)))
     expected = torch.cat([pooled[:, 5:], pooled[:, :2] * scales[0, :, None], dense], 1), torch.cat([pooled[:, 2:5], dense], 1)
     torch.testing.assert_close(side_by_side(pooled, blocks, scales, dense), expected)
 

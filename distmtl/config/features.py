@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from distmtl.config.base import Name, Strict
+from distmtl.config.base import Name, Strict, Unit
 
 
 class DataConfig(Strict):
@@ -57,6 +57,16 @@ class Embedded(Strict):
     def source(self) -> str:
         return self.column or self.name
 
+    @property
+    def extra_rows(self) -> tuple[str, ...]:
+        """What the table's rows after those of the ids stand for."""
+        return ()
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the table, the extra ones included."""
+        return self.rows + len(self.extra_rows)  # type: ignore[attr-defined]  # a field or a property of every kind
+
     @model_validator(mode="after")
     def _width(self):
         if self.dim % 4:
@@ -65,14 +75,34 @@ class Embedded(Strict):
 
 
 class IdFeature(Embedded):
-    """Integer or string ids, one per row or a list per row (a bag). A null is an empty bag."""
+    """Integer or string ids, one per row or a list per row (a bag)."""
 
     kind: Literal["id"] = "id"
-    rows: PositiveInt = Field(description="Rows of the table; ids are 0 … rows-1.")
+    rows: PositiveInt = Field(description="Rows of the table; ids are 0 … rows-1. Rows for oov and missing ids come on top.")
     pooling: Literal["sum", "mean"] = Field("sum", description="How the ids of a list become one vector.")
-    out_of_range: Literal["error", "hash", "clip"] = Field(
-        "error", description="Ids outside the table: refuse, hash into it, or use its last row. Strings are always hashed."
+    out_of_range: Literal["error", "hash", "clip", "oov"] = Field(
+        "error",
+        description="Ids outside the table: refuse, hash into it, use its last row, or one extra row of all such ids. "
+        "Strings are always hashed into the `rows`.",
     )
+    missing: Literal["empty", "row"] = Field("empty", description="A null or an empty list: no vector, or an extra row of its own.")
+    id_dropout: Unit = Field(
+        0.0, description="Share of the ids that training reads from the oov row, so that ids never seen find it trained (cold start)."
+    )
+
+    @property
+    def extra_rows(self) -> tuple[str, ...]:
+        return ("oov",) * (self.out_of_range == "oov") + ("missing",) * (self.missing == "row")
+
+    def row_of(self, extra: str) -> int:
+        """Where the table holds an extra row."""
+        return self.rows + self.extra_rows.index(extra)
+
+    @model_validator(mode="after")
+    def _drops_to_a_row(self):
+        if self.id_dropout and self.out_of_range != "oov":
+            raise ValueError(f"feature {self.name!r}: id_dropout replaces ids by the oov row; set out_of_range: oov")
+        return self
 
 
 class BucketFeature(Embedded):
@@ -112,6 +142,10 @@ class NumericFeature(Strict):
         return 1
 
     @property
+    def columns(self) -> int:
+        return 1
+
+    @property
     def source(self) -> str:
         return self.column or self.name
 
@@ -123,6 +157,12 @@ class VectorFeature(Strict):
     name: Name
     column: str | None = None
     width: PositiveInt = Field(description="Length of every list.")
+    project: PositiveInt | None = Field(None, description="A learned linear layer down to so many columns; default: the list as it is.")
+
+    @property
+    def columns(self) -> int:
+        """Of the feature vector."""
+        return self.project or self.width
 
     @property
     def source(self) -> str:

@@ -202,5 +202,10 @@ class DotConfig(Strict):
 
     kind: Literal["dot"]
 
+    @staticmethod
+    def pairs(features: int) -> int:
+        """Columns that it adds."""
+        return features * (features - 1) // 2
+
 
 InteractionConfig = Annotated[CrossConfig | DotConfig, Field(discriminator="kind")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from typing import get_args
 
@@ -11,6 +12,7 @@ from distmtl.config.base import Name, Strict, did_you_mean
 from distmtl.config.features import RESERVED, BucketFeature, DataConfig, Feature, IdFeature, NumericFeature, VectorFeature
 from distmtl.config.heads import (
     AITMConfig,
+    DotConfig,
     ESCM2Config,
     ESMMConfig,
     HeadConfig,
@@ -98,7 +100,7 @@ class Config(Strict):
     @property
     def tables_read(self) -> dict[str, tuple[int, int]]:
         """Table → its rows and columns."""
-        return {f.table_name: (f.rows, f.dim * self.copies) for f in self.embedded}
+        return {f.table_name: (f.table_rows, f.dim * self.copies) for f in self.embedded}
 
     def table_optimizer(self, table: str) -> SgdTable | AdagradTable | RowWiseAdagradTable | AdamTable:
         return getattr(self.tables.get(table), "optimizer", None) or self.optimizer.tables
@@ -108,7 +110,7 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _agree(self):
-        mistakes = [*_clashes(self), *_descent(self), *_named_by_head(self), *_sizes(self)]
+        mistakes = [*_clashes(self), *_descent(self), *_named_by_head(self), *_interaction(self), *_sizes(self)]
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
@@ -128,6 +130,11 @@ def _clashes(config: Config) -> list[str]:
             out.append(
                 f"table {f.table_name!r}: feature {f.name!r} wants {f.rows} rows x {f.dim} columns, feature {first.name!r} wants "
                 f"{first.rows} x {first.dim}; give both the same size or different tables"
+            )
+        elif first.extra_rows != f.extra_rows:
+            out.append(
+                f"table {f.table_name!r}: feature {f.name!r} wants {' and '.join(f.extra_rows) or 'no'} rows on top, {first.name!r} "
+                f"{' and '.join(first.extra_rows) or 'none'}; give both the same out_of_range and missing, or different tables"
             )
     out += [f"table {n!r}: TorchRec cannot have a table of this name; choose another" for n in sorted(RESERVED & tables.keys())]
     for t in config.tables:
@@ -225,6 +232,17 @@ def _named_by_head(config: Config) -> list[str]:
             f"model.groups: task {n!r} is in {listed.count(n)} groups; it must be in one" for n in sorted(names) if listed.count(n) != 1
         ]
     return out
+
+
+def _interaction(config: Config) -> list[str]:
+    """Embeddings that have no dot product."""
+    if not isinstance(config.interaction, DotConfig):
+        return []
+    if len(config.embedded) < 2:
+        return ["interaction dot needs two embedded features or more: there is no pair to multiply"]
+    (usual, _), *_ = Counter(f.dim for f in config.embedded).most_common(1)
+    odd = [f"{f.name!r} has {f.dim}" for f in config.embedded if f.dim != usual]
+    return [f"interaction dot: embeddings need one dim, but {', '.join(odd)}, and the others {usual}; make them equal"] if odd else []
 
 
 def _sizes(config: Config) -> list[str]:

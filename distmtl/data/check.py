@@ -151,7 +151,7 @@ def _range_mistakes(file: pq.ParquetFile, config: Config, path: str, unknown: se
                 bad = low if low < 0 else high
                 out[
                     f"feature {ids[name].name!r}: id {bad} in {path}, row group {g}, is outside its table's 0 … {ids[name].rows - 1}; "
-                    "raise rows, or set out_of_range to hash or clip"
+                    "raise rows, or set out_of_range to hash, clip or oov"
                 ] = None
             if name in rules:
                 least, most, words = rules[name]

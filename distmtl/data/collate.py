@@ -25,6 +25,7 @@ from distmtl.config import (
     WatchTimeTask,
 )
 from distmtl.data.hashing import hash_strings, into_table
+from distmtl.data.id_dropout import kept_ids
 from distmtl.data.rows import Bag, Rows
 from distmtl.errors import DistmtlError
 
@@ -38,10 +39,13 @@ class Collator:
         config: features, tasks, weight and group columns.
         oracle: columns of true probabilities that may be read; tasks whose column is not among them have none.
         locate: row number → where that row is, for error messages.
+        training: ids are dropped (IdFeature.id_dropout).
     """
 
-    def __init__(self, config: Config, *, oracle: Collection[str] = (), locate: Callable[[int], str] = "row {}".format):
-        self.config, self.locate = config, locate
+    def __init__(
+        self, config: Config, *, oracle: Collection[str] = (), locate: Callable[[int], str] = "row {}".format, training: bool = False
+    ):
+        self.config, self.locate, self.training = config, locate, training
         self.keys = [f.name for f in config.embedded]
         self.dense_width = sum(f.width for f in config.dense)
         known = [getattr(t, name, None) for name in ("true_probability", "true_probability_entire") for t in config.tasks]
@@ -52,8 +56,8 @@ class Collator:
         extra = [config.data.group, config.data.weight, *self.oracles, *self.extras]
         self.columns = list(dict.fromkeys([f.source for f in config.features] + [t.column for t in config.tasks] + [c for c in extra if c]))
 
-    def __call__(self, table: pa.Table, order: np.ndarray | None = None) -> Rows:
-        """The table's rows, permuted.
+    def __call__(self, table: pa.Table, order: np.ndarray | None = None, epoch: int = 0) -> Rows:
+        """The table's rows, permuted, as an epoch trains them.
 
         Raises:
             DistmtlError: a value that must not be trained, with its column and place.
@@ -78,6 +82,10 @@ class Collator:
         single, replaced = np.empty((len(self.keys), n), dtype=np.int64), np.zeros(n, dtype=np.int64)
         for f, feature in enumerate(self.config.embedded):
             ids, lengths, outside = _embedded(column(feature.source), feature, at)
+            if self.training and isinstance(feature, IdFeature) and feature.id_dropout:
+                ids = kept_ids(ids, lengths, numbers, feature, (self.config.run.seed, epoch))
+            if isinstance(feature, IdFeature) and feature.missing == "row":
+                ids, lengths = _with_missing(ids, lengths, feature)
             if lengths is None:
                 put(ids, single[f - len(bags)])
             else:
@@ -282,11 +290,27 @@ def _embedded(
         first = _first(outside)
         raise DistmtlError(
             f"feature {feature.name!r}: id {array[first]} at {at(_row_of(first, lengths))} is outside its table's 0 … {feature.rows - 1}; "
-            "raise rows, or set out_of_range to hash or clip"
+            "raise rows, or set out_of_range to hash, clip or oov"
         )
     ids = ids.copy()
-    ids[outside] = into_table(ids[outside], feature.rows) if feature.out_of_range == "hash" else feature.rows - 1
+    match feature.out_of_range:
+        case "hash":
+            ids[outside] = into_table(ids[outside], feature.rows)
+        case "clip":
+            ids[outside] = feature.rows - 1
+        case "oov":
+            ids[outside] = feature.row_of("oov")
     return ids, lengths, np.bincount(_row_of(np.flatnonzero(outside), lengths), minlength=n)
+
+
+def _with_missing(ids: np.ndarray, lengths: np.ndarray | None, feature: IdFeature) -> tuple[np.ndarray, np.ndarray | None]:
+    """The same, and one id, the missing row, where a row has none."""
+    if lengths is None or lengths.all():
+        return ids, lengths
+    filled = np.maximum(lengths, 1)
+    out = np.full(filled.sum(), feature.row_of("missing"))
+    out[np.repeat(lengths > 0, filled)] = ids
+    return out, None if len(out) == len(filled) else filled
 
 
 def _row_of(ids: Any, lengths: np.ndarray | None) -> Any:

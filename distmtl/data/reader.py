@@ -77,7 +77,7 @@ class Reader:
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 order = self._order(epoch)
-                windows = Windows(self.dataset, order, streams_of(self.rank, self.world_size, self.num_streams), self.collate)
+                windows = Windows(self.dataset, order, streams_of(self.rank, self.world_size, self.num_streams), self.collate, epoch)
             within = step % self.steps_per_epoch
             try:
                 parts = list(windows.rows_of(within))
@@ -103,8 +103,8 @@ class Reader:
 class Windows:
     """The next window of each of a rank's streams, decoded, checked and laid out in the order of the steps: a step is a cut."""
 
-    def __init__(self, dataset: Dataset, order: EpochOrder, streams: range, collate: Collator):
-        self.order, self.streams, self.collate = order, streams, collate
+    def __init__(self, dataset: Dataset, order: EpochOrder, streams: range, collate: Collator, epoch: int):
+        self.order, self.streams, self.collate, self.epoch = order, streams, collate, epoch
         files = lru_cache(maxsize=OPEN_FILES)(dataset.open_part)
         self.groups = {s: GroupRows(dataset, collate.columns, files) for s in streams}
         self.index = -1
@@ -134,7 +134,7 @@ class Windows:
         self.spans = {step: (a, b) for step, a, b in zip(steps, [0, *ends], ends, strict=False)}
         if read:
             order = np.concatenate([part for parts in steps.values() for part in parts])
-            self.rows = self.collate(pa.concat_tables(pieces, promote_options="permissive"), order)
+            self.rows = self.collate(pa.concat_tables(pieces, promote_options="permissive"), order, self.epoch)
 
 
 class GroupRows:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from distmtl.config import BucketFeature, Config, IdFeature
+from distmtl.config import BucketFeature, Config, IdFeature, VectorFeature
 from distmtl.model.kernels import Run, side_by_side
 from distmtl.model.layout import Features
 
@@ -23,7 +23,7 @@ def embedding_tables(config: Config) -> EmbeddingBagCollection | None:
     tables = [
         EmbeddingBagConfig(
             name=name,
-            num_embeddings=features[0].rows,
+            num_embeddings=features[0].table_rows,
             embedding_dim=features[0].dim * config.copies,
             feature_names=[f.name for f in features],
             pooling=PoolingType.SUM,
@@ -37,6 +37,26 @@ def embedding_tables(config: Config) -> EmbeddingBagCollection | None:
 def leave(weights: Tensor) -> Tensor:
     """Not drawn by TorchRec: `initialise_tables` does."""
     return weights
+
+
+class DenseColumns(nn.Module):
+    """Dense features as a head sees them: vectors with `project` through a linear layer of their own, the others as they are.
+
+    forward: (B, sum of widths) → (B, sum of columns), float32
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.keys = [f"of_{f.name}" for f in config.dense]  # what a module dictionary may hold, whatever the feature's name
+        self.widths = [f.width for f in config.dense]
+        projected = [f for f in config.dense if isinstance(f, VectorFeature) and f.project]
+        self.linear = nn.ModuleDict({f"of_{f.name}": nn.Linear(f.width, f.columns) for f in projected})
+
+    def forward(self, dense: Tensor) -> Tensor:
+        if not self.linear:
+            return dense
+        parts = zip(self.keys, dense.split(self.widths, dim=1), strict=True)
+        return torch.cat([self.linear[key](part) if key in self.linear else part for key, part in parts], dim=1)
 
 
 class FeatureVector(nn.Module):
@@ -54,6 +74,7 @@ class FeatureVector(nn.Module):
         self.dims = [f.dim for f in config.embedded]
         self.copies = config.copies
         self.mean = [i for i, f in enumerate(config.embedded) if f.pooling == "mean"]
+        self.dense = DenseColumns(config)
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
 
     def forward(self, pooled: KeyedTensor, ids: KeyedJaggedTensor, dense: Tensor, domain: Tensor | None, weights: Tensor) -> Features:
@@ -64,7 +85,7 @@ class FeatureVector(nn.Module):
         for key, width in zip(pooled.keys(), pooled.length_per_key(), strict=True):
             starts[key], start = start, start + width
         blocks = [self._runs(starts, copy) for copy in range(self.copies)]
-        return Features(side_by_side(pooled.values(), blocks, scales, dense, self.dtype), domain, (weights > 0).any(1))
+        return Features(side_by_side(pooled.values(), blocks, scales, self.dense(dense), self.dtype), domain, (weights > 0).any(1))
 
     def _runs(self, starts: dict[str, int], copy: int) -> list[Run]:
         """The columns of a copy in config order, neighbours in `pooled` that are neighbours here taken together."""

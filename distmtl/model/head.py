@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from distmtl.errors import DistmtlError
 from distmtl.model.aitm import AITM
 from distmtl.model.dbmtl import DBMTL
 from distmtl.model.experts import Output, Tower
+from distmtl.model.interaction import interaction
 from distmtl.model.kinds import output_layer
 from distmtl.model.layout import Features, Layout
 from distmtl.model.mmoe import MMoE
@@ -38,7 +40,7 @@ from distmtl.model.stem import STEM
 
 
 class Head(nn.Module):
-    """Sharing network and towers, without a table inside.
+    """Feature crosses, sharing network and towers, without a table inside.
 
     forward: Features → outputs (B, O): every task's (kinds.places), then one imputed error per task of space entire under ESCM²-DR;
     float32 in either precision
@@ -47,6 +49,7 @@ class Head(nn.Module):
     def __init__(self, config: Config, layout: Layout):
         super().__init__()
         self.bf16 = config.train.precision == "bf16"
+        self.interaction, layout = interaction(config, layout)
         self.sharing = sharing_network(config, layout)
         width, dropout = self.sharing.output_width, getattr(network_of(config), "dropout", 0.0)
         self.towers = nn.ModuleList(Tower(width, t.tower, output_layer(t, width_of(t, width)), dropout) for t in config.tasks)
@@ -57,6 +60,8 @@ class Head(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         with torch.autocast(features.x.device.type, torch.bfloat16, enabled=self.bf16):
+            if self.interaction:
+                features = replace(features, vectors=(self.interaction(features.x),))
             shared = self.sharing(features)
             outputs = [tower(h) for tower, h in zip(self.towers, shared, strict=True)]
             outputs += [tower(shared[t]) for tower, t in zip(self.imputation, self.imputed, strict=True)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,10 +48,20 @@ def side_by_side(
     pooled: Tensor, blocks: Sequence[Sequence[Run]], scales: Tensor | None, dense: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
     """For every block its runs of columns of `pooled`, then `dense`; cast on the way. Every column of `pooled` is in one run.
+    `dense` gets a gradient where it is no data.
 
     pooled (B, D), scales (S, B), dense (B, N) → as many (B, width of the block's runs + N)
     """
     return _SideBySide.apply(pooled, tuple(map(tuple, blocks)), scales, dense, dtype or pooled.dtype)
+
+
+def with_dots(x: Tensor, features: int, dim: int) -> Tensor:
+    """x, then vᵢ·vⱼ of the vectors in its first features·dim columns, (0, 1), (0, 2), …, (1, 2), …
+
+    (B, D) → (B, D + features·(features-1)/2)
+    """
+    (x,) = _cast(x)
+    return _WithDots.apply(x, features, dim)
 
 
 def _cast(*tensors: Tensor) -> list[Tensor]:
@@ -106,7 +117,7 @@ class _SideBySide(torch.autograd.Function):
     def forward(
         ctx: Any, pooled: Tensor, blocks: tuple[tuple[Run, ...], ...], scales: Tensor | None, dense: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        ctx.blocks, ctx.scales, ctx.like = blocks, scales, (pooled.shape, pooled.dtype)
+        ctx.blocks, ctx.scales, ctx.like, ctx.dense = blocks, scales, (pooled.shape, pooled.dtype), (dense.shape[1], dense.dtype)
         outs = []
         for runs in blocks:
             out = dense.new_empty(len(dense), sum(r.width for r in runs) + dense.shape[1], dtype=dtype)
@@ -132,7 +143,41 @@ class _SideBySide(torch.autograd.Function):
                     columns = columns * ctx.scales[run.scale, :, None]
                 of_pooled[:, run.first : run.first + run.width] = columns
                 start += run.width
-        return of_pooled, None, None, None, None
+        of_dense = None
+        if ctx.needs_input_grad[3]:
+            columns, dtype = ctx.dense
+            of_dense = torch.stack([g[:, g.shape[1] - columns :] for g in gradients]).sum(0, dtype=dtype)
+        return of_pooled, None, None, of_dense, None
+
+
+class _WithDots(torch.autograd.Function):
+    """With the dots' gradients as a symmetric matrix, that of the vectors is one product too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, features: int, dim: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.features, ctx.dim = features, dim
+        vectors = x[:, : features * dim].view(-1, features, dim)
+        i, j = _pairs(features, x.device)
+        dots = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
+        return torch.cat([x, dots.index_select(1, i * features + j)], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (x,), features, dim = ctx.saved_tensors, ctx.features, ctx.dim
+        i, j = _pairs(features, x.device)
+        symmetric, of_dots = gradient.new_zeros(len(x), features * features), gradient[:, x.shape[1] :]
+        symmetric.index_copy_(1, i * features + j, of_dots).index_copy_(1, j * features + i, of_dots)
+        of_x = gradient[:, : x.shape[1]].clone()
+        vectors, of_vectors = (t[:, : features * dim].view(-1, features, dim) for t in (x, of_x))
+        of_vectors += torch.bmm(symmetric.view(-1, features, features), vectors)
+        return of_x, None, None
+
+
+@lru_cache
+def _pairs(features: int, device: torch.device) -> Tensor:
+    return torch.triu_indices(features, features, offset=1, device=device)
 
 
 class _Mix(torch.autograd.Function):

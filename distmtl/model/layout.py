@@ -40,9 +40,9 @@ class Layout:
     @classmethod
     def of(cls, config: Config) -> Layout:
         places, start = {}, 0
-        for name, width in [*((f.name, f.dim) for f in config.embedded), *((f.name, f.width) for f in config.dense)]:
+        for name, width in [*((f.name, f.dim) for f in config.embedded), *((f.name, f.columns) for f in config.dense)]:
             places[name], start = (start, start + width), start + width
-        domains = next((f.rows for f in config.embedded if f.name == config.domain), 0)
+        domains = next((f.table_rows for f in config.embedded if f.name == config.domain), 0)
         return cls(places, start, domains)
 
     def wider(self, width: int) -> Layout:

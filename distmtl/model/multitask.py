@@ -23,7 +23,7 @@ class MultiTaskModel(nn.Module):
     def __init__(self, config: Config, device: torch.device):
         super().__init__()
         self.embeddings = embedding_tables(config) or NoTables()
-        self.features = FeatureVector(config)
+        self.features = FeatureVector(config).to(device)
         self.head = Head(config, Layout.of(config)).to(device)
 
     def forward(self, batch: Batch) -> Tensor:

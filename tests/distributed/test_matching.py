@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,15 @@ def test_other_weights_to_start_from(tiny_data, saved, tmp_path):
     assert records(config, "start")[0]["step"] == 0
 
 
+def test_weights_for_ids_out_of_range(tiny_data, saved, tmp_path):
+    """What becomes of them may differ, unless it takes a row of the table."""
+    whole = raw(tiny_data, tmp_path / "new")
+    for policy, fits in (("clip", True), ("oov", False)):
+        whole["features"][1]["out_of_range"] = policy
+        with nullcontext() if fits else pytest.raises(DistmtlError, match=r"features.item.out_of_range: 'error' there, 'oov' now"):
+            open_run(parse_config({**whole, "run": {"dir": str(tmp_path / policy)}}), str(saved[0]), open_dataset(f"{tiny_data}/train"))
+
+
 def test_unchanged_it_is_strict(tiny_data, saved, tmp_path):
     """Bit for bit, without a note."""
     states = []
@@ -193,7 +203,8 @@ def test_unchanged_it_is_strict(tiny_data, saved, tmp_path):
 
 USER, CITY = {"kind": "id", "name": "user", "rows": 200, "dim": 8}, {"kind": "id", "name": "city", "rows": 60, "dim": 8}
 BUCKET = {"kind": "bucket", "name": "x_bucket", "column": "x", "boundaries": [-1, 0, 1], "dim": 8}
-HASHED = {**USER, "out_of_range": "hash"}
+HASHED, OOV, MISSING = {**USER, "out_of_range": "hash"}, {**USER, "out_of_range": "oov"}, {**USER, "missing": "row"}
+ELSEWHERE = "is read by 'user', whose rows of oov or missing ids lie elsewhere now"
 
 
 @pytest.mark.parametrize(
@@ -205,6 +216,14 @@ HASHED = {**USER, "out_of_range": "hash"}
         (HASHED, {**HASHED, "rows": 300}, "is read by 'user', whose ids are hashed to other rows now"),
         (HASHED, {**HASHED, "rows": 300, "name": "u2", "column": "user", "table": "user"}, "is read by 'u2', whose ids are hashed to"),
         (CITY, {**CITY, "rows": 61}, "is read by 'city', whose ids are hashed to other rows now"),  # a string, whatever out_of_range says
+        (USER, OOV, None),
+        (OOV, {**OOV, "missing": "row"}, None),
+        (OOV, USER, None),  # fewer rows: their number says it
+        (OOV, {**OOV, "rows": 300}, ELSEWHERE),
+        (OOV, {**USER, "rows": 201}, ELSEWHERE),
+        (OOV, MISSING, ELSEWHERE),
+        (MISSING, {**OOV, "missing": "row"}, ELSEWHERE),
+        (USER, {**OOV, "rows": 199}, ELSEWHERE),
         (BUCKET, {**BUCKET, "boundaries": [-1, 0, 2]}, "is read by 'x_bucket', whose boundaries are others now"),
         (BUCKET, {**BUCKET, "name": "b", "table": "x_bucket"}, None),
         (BUCKET, {**CITY, "table": "x_bucket", "rows": 5}, "was read by 'x_bucket', a bucket"),
@@ -231,6 +250,15 @@ def test_dense_parameters_whose_shape_says_too_little(tiny_data, tmp_path):
     assert former(tiny_data, tmp_path, *swapped, "sharing.experts.weights.1", [3, 8, 15]) == ("model.head.sharing.experts.weights.1", "")
     same = {"features": [USER, CITY]}, {"features": [USER, {**CITY, "rows": 70}]}
     assert former(tiny_data, tmp_path, *same, "sharing.experts.weights.0", [3, 16, 16])[1] == ""
+    for cross, name, shape in (
+        ({"kind": "dot"}, "sharing.experts.weights.0", [3, 16, 17]),
+        ({"kind": "cross", "rank": 4}, "interaction.layers.0.1.weight", [16, 4]),
+    ):
+        then, now = ({**c, "interaction": cross} for c in swapped)
+        assert former(tiny_data, tmp_path, then, now, name, shape)[1].startswith("reads the features")
+        assert former(tiny_data, tmp_path, then, then, name, shape)[1] == ""
+    crossed = {"features": [USER, CITY]}, {"features": [USER, CITY], "interaction": {"kind": "cross"}}
+    assert former(tiny_data, tmp_path, *crossed, "sharing.experts.weights.0", [3, 16, 16])[1].startswith("reads the features")
     dealt = tuple({"model": {"kind": "cgc", "shared_experts": s, "task_experts": t}} for s, t in ((3, 1), (0, 2)))  # six experts each
     assert former(tiny_data, tmp_path, *dealt, "sharing.levels.0.experts.biases.0", [6, 256])[1].startswith("has its experts dealt")
     assert former(tiny_data, tmp_path, *dealt, "towers.1.output.bias", [1]) == ("model.head.towers.1.output.bias", "")

@@ -1,0 +1,97 @@
+"""Rows for unknown and missing ids, id dropout, projected vectors and crosses, all at once: the invariants of whole runs hold."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from worlds import records, run_world, saved_state, train_world
+
+from distmtl import verification
+from distmtl.config import Config
+from distmtl.config_file import parse_config
+from distmtl.verification import short_run, shrink, unsharded_run
+
+SGD = {"tables": {"kind": "sgd", "lr": 0.1}, "dense": {"kind": "sgd", "lr": 0.05}}
+BOTH = {"out_of_range": "oov", "missing": "row"}
+CROSS = {"kind": "cross", "layers": 2, "rank": 4}
+
+
+def with_options(data, run, interaction=CROSS, optimizer=SGD, precision="fp32", **train) -> Config:
+    raw = tiny.raw(data, run, interaction=interaction, optimizer=optimizer)
+    user, item, tags, city, bucket, _, image = raw["features"]
+    user.update(BOTH, rows=150, id_dropout=0.3)
+    item.update(missing="row")
+    tags.update(BOTH, rows=15, id_dropout=0.1)
+    city.update(out_of_range="oov", id_dropout=0.2)
+    bucket["dim"] = 8
+    image["project"] = 2
+    raw["tables"] = {"user": {"sharding": ["row_wise"]}, "tags": {"sharding": ["table_wise"]}}
+    raw["train"] = {"global_batch_size": 128, "log_every": 1, "precision": precision, **train}
+    return parse_config(raw)
+
+
+def difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+def test_two_workers_equal_one(tiny_data, tmp_path):
+    one, two = (with_options(tiny_data, tmp_path / str(w), steps=27, epochs=2, eval_every=27) for w in (1, 2))
+    results = [train_world(one, 1), train_world(two, 2)]
+    losses = [[list(r["losses"].values()) for r in records(c, "train")] for c in (one, two)]
+    assert len(losses[0]) == 27 and (torch.tensor(losses[0]) - torch.tensor(losses[1])).abs().max() <= 1e-5
+    states = [saved_state(c, 27) for c in (one, two)]
+    assert difference(*states) <= 1e-5
+    assert states[0]["tables/model.embeddings.embedding_bags.user.weight"].shape == (152, 8)
+    assert "dense/model.features.dense.linear.of_image.weight" in states[0]
+    a, b = (r["metrics"]["validation"]["click"] for r in results)
+    assert a["logloss"] == pytest.approx(b["logloss"], abs=1e-5)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tiny_data, tmp_path):
+    """Adaptive optimizers, across an epoch's end: the same ids are dropped. Evaluations between them change nothing."""
+    kw = {"optimizer": {}, "epochs": 2, "save_every": 10}
+    whole = with_options(tiny_data, tmp_path / "whole", steps=30, eval_every=30, **kw)
+    first, second = (with_options(tiny_data, tmp_path / "parts", steps=s, eval_every=10, **kw) for s in (20, 30))
+    expected = train_world(whole, 2)
+    train_world(first, 2)
+    resumed = train_world(second, 2)
+    assert difference(saved_state(whole, 30), saved_state(second, 30)) == 0.0
+    assert resumed["metrics"] == expected["metrics"]
+    assert [r["losses"] for r in records(whole, "train")] == [r["losses"] for r in records(second, "train")]
+
+
+@pytest.mark.parametrize("interaction", [CROSS, {"kind": "dot"}], ids=["cross", "dot"])
+def test_sharded_equals_unsharded(tiny_data, tmp_path, interaction):
+    config = with_options(tiny_data, tmp_path / "run", interaction)
+    ranks = run_world(short_run, 2, config)
+    losses, after = unsharded_run(config, ranks)
+    assert (losses - ranks[0].losses).abs().max() <= 1e-5
+    assert difference(after, ranks[0].after) <= 1e-5
+    before = ranks[0].before
+    assert all(not torch.equal(before[k], after[k]) for k in after if ".features." in k or ".interaction." in k)
+
+
+def test_a_table_that_verify_shrinks_is_hashed_into_and_drops_nothing(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "MAX_TABLE_ROWS", 100)
+    small, changes = shrink(with_options(tiny_data, tmp_path / "run"), str(tmp_path / "small"))
+    assert changes == ["table 'user' has 100 rows instead of 150, and ids are hashed into it, none dropped"]
+    assert small.tables_read["user"] == (101, 8), "the row of missing ids is kept"
+
+
+def test_the_pipeline_of_cuda_trains_the_same(tiny_data, tmp_path, monkeypatch):
+    """It traces the model, projections and crosses included."""
+    from torchrec.distributed import TrainPipelineSparseDist
+
+    import distmtl.loop as loop
+
+    plain, ahead = (with_options(tiny_data, tmp_path / n, {"kind": "dot"}, precision="bf16", steps=6) for n in ("plain", "ahead"))
+    train_world(plain, 2)
+    monkeypatch.setattr(
+        loop,
+        "make_pipeline",
+        lambda model, optimizers, device: TrainPipelineSparseDist(model, optimizers, device, execute_all_batches=True),
+    )
+    train_world(ahead, 2)
+    assert [r["losses"] for r in records(plain, "train")] == [r["losses"] for r in records(ahead, "train")]
