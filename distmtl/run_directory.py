@@ -34,7 +34,8 @@ FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a
 # What a new run may change that only starts from another one's weights: everything but what gives them their shape and meaning.
 FREE_FROM_WEIGHTS = (
     *(f"{section}.*" for section in ("cluster", "data", "evaluation", "optimizer", "run", "sharding", "tables", "train", "weighting")),
-    "name", "model.dropout", "features.*.column", "features.*.out_of_range", "tasks.*.label", "tasks.*.weight", "tasks.*.bias",
+    "name", "model.dropout", "features.*.column", "features.*.out_of_range", "features.*.max_length",
+    "features.*.too_long", "tasks.*.label", "tasks.*.weight", "tasks.*.bias",
     "tasks.*.true_probability",
 )  # fmt: skip
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torchrec import JaggedTensor
 
 from distmtl import checkpoint
 from distmtl.batch import Batch
-from distmtl.config import Config, IdFeature, TableConfig
+from distmtl.config import Config, IdFeature, SequenceFeature, TableConfig
 from distmtl.config_file import parse_config
 from distmtl.distributed.process import process_group, quieten
 from distmtl.distributed.ranks import run_ranks
@@ -29,6 +30,7 @@ from distmtl.loop import Training, open_splits, train
 from distmtl.model.head import Head
 from distmtl.model.layout import Features, Layout
 from distmtl.model.loss import Terms
+from distmtl.model.sequences import SequencePooling
 from distmtl.optim import dense_optimizer
 from distmtl.progress import Progress
 from distmtl.storage import place
@@ -79,7 +81,7 @@ def shrink(config: Config, folder: str) -> tuple[Config, list[str]]:
     """The config as it is verified, and in words what was changed."""
     changes, features = [], []
     for feature in config.features:
-        if isinstance(feature, IdFeature) and feature.rows > MAX_TABLE_ROWS:
+        if isinstance(feature, IdFeature | SequenceFeature) and feature.rows > MAX_TABLE_ROWS:
             changes.append(
                 f"table {feature.table_name!r} has {MAX_TABLE_ROWS:,} rows instead of {feature.rows:,}, and ids are hashed into it"
             )
@@ -190,35 +192,51 @@ def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, State]
     """(steps, T) losses of the same steps in one process without TorchRec (F.embedding_bag, table optimizers written out), and all
     parameters afterwards."""
     weights = {n: v.clone() for n, v in ranks[0].before.items()}
-    tables = {f.table_name: weights[f"model.embeddings.embedding_bags.{f.table_name}.weight"].requires_grad_() for f in config.embedded}
-    head, terms = Head(config, Layout.of(config)), Terms(config)
-    head.load_state_dict({n.removeprefix("model.head."): v for n, v in weights.items() if n.startswith("model.head.")})
-    dense = dense_optimizer(config.optimizer, list(head.parameters()))
+    tables = {f.table_name: weights[_weight(config, f)].requires_grad_() for f in config.embedded}
+    network, terms = nn.ModuleDict({"head": Head(config, Layout.of(config)), "pooling": SequencePooling(config)}), Terms(config)
+    network.load_state_dict({name: weights[f"model.{name}"] for name in network.state_dict()})
+    dense = dense_optimizer(config.optimizer, list(network.parameters()))
     momentum = {name: torch.zeros_like(table) for name, table in tables.items()}
     losses = []
     for step in range(len(ranks[0].batches)):
         sums = totals = torch.zeros(len(terms.names))
         for rank in ranks:
             batch = rank.batches[step]
+            ids = {f.name: batch.sparse[f.name] for f in config.embedded}
+            lists = {
+                f.name: JaggedTensor(F.embedding(ids[f.name].values(), tables[f.table_name]), lengths=ids[f.name].lengths())
+                for f in config.embedded
+                if f.table_name in config.sequence_tables
+            }
+            weighed = network["pooling"]([lists])
             parts = [
-                F.embedding_bag(batch.sparse[f.name].values(), tables[f.table_name], batch.sparse[f.name].offsets()[:-1], mode=f.pooling)
+                F.embedding_bag(ids[f.name].values(), tables[f.table_name], ids[f.name].offsets()[:-1], mode=f.pooling)
+                if f.pooling in ("sum", "mean")
+                else weighed[f.name]
                 for f in config.embedded
             ]
             features = Features((torch.cat([*parts, batch.dense], dim=1),), batch.domain, batch.rows >= 0)
-            errors, counts = terms(head(features), batch)
+            errors, counts = terms(network["head"](features), batch)
             sums, totals = sums + (errors * counts).sum(0), totals + counts.sum(0)
         means = torch.where(totals > 0, sums / totals.clamp(min=1e-30), 0.0)
         losses.append(means.detach().double())
-        head.zero_grad()
+        network.zero_grad()
         for table in tables.values():
             table.grad = None
         (means * torch.tensor(terms.coefficients)).sum().backward()
         if config.optimizer.clip_norm:
-            torch.nn.utils.clip_grad_norm_(head.parameters(), config.optimizer.clip_norm)
+            torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_norm)
         dense.step()
         for name, table in tables.items():
             _step_table(config.table_optimizer(name), table, momentum[name])
-    return torch.stack(losses), {n: w.detach() for n, w in weights.items()} | {f"model.head.{n}": v for n, v in head.state_dict().items()}
+    return torch.stack(losses), {n: w.detach() for n, w in weights.items()} | {f"model.{n}": v for n, v in network.state_dict().items()}
+
+
+def _weight(config: Config, feature: Any) -> str:
+    """The name of the table that a feature reads."""
+    listed = feature.table_name in config.sequence_tables
+    kind = f"sequences.{feature.dim * config.copies}.embeddings" if listed else "embeddings.embedding_bags"
+    return f"model.{kind}.{feature.table_name}.weight"
 
 
 def _step_table(optimizer: Any, table: Tensor, momentum: Tensor) -> None:

@@ -12,6 +12,7 @@ from distmtl.config.features import (
     Feature,
     IdFeature,
     NumericFeature,
+    SequenceFeature,
     VectorFeature,
 )
 from distmtl.config.heads import (
@@ -37,6 +38,7 @@ from distmtl.config.heads import (
     STEMConfig,
 )
 from distmtl.config.tables import (
+    SEQUENCE_SHARDING,
     AdagradTable,
     AdamTable,
     RowWiseAdagradTable,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from distmtl.config.base import Name, Strict
+from distmtl.config.base import Name, Strict, Widths
 
 
 class DataConfig(Strict):
@@ -75,6 +75,35 @@ class IdFeature(Embedded):
     )
 
 
+class SequenceFeature(Embedded):
+    """A list of integer or string ids per row, oldest first, and how its embeddings become one vector. A null is an empty list.
+
+    Pooling: `sum`, `mean`; `attention`: Σ softmax(q·tanh(W·e))·e over a row's ids (Yang et al. 2016); `target`: Σ a(e, t)·e with t the
+    embedding of `target` and a an MLP of (e, t, e-t, e⊙t), not normalised (DIN, Zhou et al. 2018). An empty list gives zeros.
+    """
+
+    kind: Literal["sequence"]
+    rows: PositiveInt = Field(description="Rows of the table; ids are 0 … rows-1.")
+    out_of_range: Literal["error", "hash", "clip"] = Field("error", description="Ids outside the table, as of an id feature.")
+    max_length: PositiveInt = Field(description="Most ids in a list.")
+    too_long: Literal["error", "newest", "oldest"] = Field(
+        "error", description="Longer lists: refuse, or keep the last or first max_length."
+    )
+    pooling: Literal["sum", "mean", "attention", "target"] = "mean"
+    target: Name | None = Field(None, description="Id feature of the same dim that pooling target compares with; one id in every row.")
+    attention: Widths = Field((32,), description="Hidden widths of the MLP of pooling target.")
+
+    @model_validator(mode="after")
+    def _compared(self):
+        if (self.pooling == "target") != (self.target is not None):
+            raise ValueError(
+                f"feature {self.name!r}: pooling target compares with a feature, the candidate item say; name it in target"
+                if self.target is None
+                else f"feature {self.name!r}: target {self.target!r} is of pooling target alone, not of {self.pooling}"
+            )
+        return self
+
+
 class BucketFeature(Embedded):
     """A number looked up by its bucket: row 0 for null, row i+1 for boundaries[i-1] <= x < boundaries[i]."""
 
@@ -129,4 +158,4 @@ class VectorFeature(Strict):
         return self.column or self.name
 
 
-Feature = Annotated[IdFeature | BucketFeature | NumericFeature | VectorFeature, Field(discriminator="kind")]
+Feature = Annotated[IdFeature | SequenceFeature | BucketFeature | NumericFeature | VectorFeature, Field(discriminator="kind")]
