@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from test_matching import start
 from test_training import difference, state_after_loading
 from worlds import records, run_world, saved_state, train_world
 
@@ -96,3 +97,14 @@ def test_no_feature_but_sequences(tiny_data, tmp_path, precision):
     config = config_for(tiny_data, tmp_path / "run", steps=3, eval_every=3, precision=precision)
     config = config.model_copy(update={"features": tuple(f for f in config.features if f.kind == "sequence" and f.name != "history")})
     assert train_world(config, 2)["steps"] == 3
+
+
+def test_a_table_of_bags_that_becomes_one_of_sequences_keeps_its_rows(tiny_data, tmp_path):
+    """With --resume-policy matching: weights and optimizer state of a table that a new sequence feature reads."""
+    config = config_for(tiny_data, tmp_path / "run", optimizer="adagrad", steps=2, save_every=2, eval_every=2)
+    bags = config.model_copy(update={"features": tuple(f for f in config.features if f.kind != "sequence")})
+    train_world(bags, 1)
+    old = saved_state(bags, 2)
+    _, after, _ = run_world(start, 2, config, "matching")[0]
+    for name in ("tables/model.{}.item.weight", "tables_optimizer/model.{}.item.weight/item.momentum1"):
+        assert torch.equal(after[name.format("sequences.8.embeddings")], old[name.format("embeddings.embedding_bags")])
