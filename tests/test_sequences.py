@@ -13,7 +13,9 @@ import torch
 from torchrec import JaggedTensor
 
 from distmtl.config_file import parse_config
+from distmtl.data.check import check_dataset
 from distmtl.data.collate import ROW, Collator
+from distmtl.data.dataset import open_dataset
 from distmtl.errors import DistmtlError
 from distmtl.model.kernels import segment_sum, spread
 from distmtl.model.layout import Layout
@@ -175,9 +177,7 @@ def collated(lists, item=None, **changes):
 LONG = [[1, 2, 3, 4, 5], None, [6, 7, 8], [], [9, 10, 11, 12]]
 
 
-@pytest.mark.parametrize(
-    ("too_long", "kept"), [("newest", [3, 4, 5, 6, 7, 8, 10, 11, 12]), ("oldest", [1, 2, 3, 6, 7, 8, 9, 10, 11])]
-)
+@pytest.mark.parametrize(("too_long", "kept"), [("newest", [3, 4, 5, 6, 7, 8, 10, 11, 12]), ("oldest", [1, 2, 3, 6, 7, 8, 9, 10, 11])])
 def test_lists_are_cut_to_their_newest_or_oldest_ids(too_long, kept):
     bag = collated(LONG, too_long=too_long).bags[1]
     assert bag.values.tolist() == kept and bag.lengths.tolist() == [3, 0, 3, 0, 3]
@@ -194,6 +194,22 @@ def test_a_target_is_one_id_in_every_row(item, count, row):
     sentence = f"feature 'item': {count} values at row {row}; the target of 'history': every row has exactly one"
     with pytest.raises(DistmtlError, match=sentence):
         collated([[1], [2], []], item, pooling="target", target="item")
+
+
+def test_what_is_found_before_training(tiny_data):
+    """Of types, of the statistics and of a sample of rows."""
+
+    def found(*sequences):
+        config = tiny.raw(tiny_data, Path("/runs/tiny"))
+        config["features"] += [{**HISTORY, "name": f"sequence_{i}", "table": f"own_{i}", **s} for i, s in enumerate(sequences)]
+        with pytest.raises(DistmtlError) as e:
+            check_dataset(open_dataset(config["data"]["train"]), parse_config(config), "train")
+        return str(e.value)
+
+    assert "has type int64, but feature 'sequence_0' needs lists of integers or strings" in found({"column": "item"})
+    assert "feature 'sequence_0': id 19 in " in found({"rows": 10})
+    sampled = found({"max_length": 2}, {"pooling": "target", "target": "tags"})
+    assert "feature 'sequence_0': a list of 3 ids at " in sampled and "the target of 'sequence_1': every row has exactly one" in sampled
 
 
 def test_lists_of_one_id_each_are_a_target_too():

@@ -22,10 +22,11 @@ SEQUENCES = [
 ]  # fmt: skip
 
 
-def config_for(data, run, *, sharding=None, optimizer="sgd", first=False, features=None, **train) -> Config:
-    """History and item share a table, shelf and shelf_again another; tables of two widths; bags beside them."""
+def config_for(data, run, *, sharding=None, optimizer="sgd", **train) -> Config:
+    """History and item share a table, shelf and shelf_again another, of two column shards each; tables of two widths; bags beside them."""
     raw = tiny.raw(data, run, optimizer={"tables": {"kind": optimizer, "lr": 0.1}, "dense": {"kind": "sgd", "lr": 0.05}})
-    raw["features"] += [{"kind": "sequence", "column": "tags", "dim": 8, **s} for s in SEQUENCES]
+    raw["features"][1]["dim"] = 64
+    raw["features"] += [{"kind": "sequence", "column": "tags", "dim": 64, **s} for s in SEQUENCES]
     raw["tables"] = {t: {"sharding": [sharding]} for t in TABLES} if sharding else {}
     raw["train"] |= {"log_every": 1, **train}
     return parse_config(raw)
@@ -68,12 +69,14 @@ def test_two_workers_equal_one(tiny_data, tmp_path):
 def test_a_checkpoint_loads_at_another_world_size_and_layout(tiny_data, tmp_path):
     before = None
     for steps, (sharding, world_size) in enumerate([("row_wise", 2), ("table_wise", 1), ("column_wise", 2)], start=1):
-        config = config_for(tiny_data, tmp_path / "run", sharding=sharding, optimizer="adagrad", steps=4 * steps, save_every=4, eval_every=4)
+        config = config_for(
+            tiny_data, tmp_path / "run", sharding=sharding, optimizer="adagrad", steps=4 * steps, save_every=4, eval_every=4
+        )
         loaded = run_world(state_after_loading, world_size, config)[0]
         assert before is None or difference(before, loaded) == 0.0
         train_world(config, world_size)
         before = saved_state(config, 4 * steps)
-    assert {"tables/model.sequences.8.embeddings.item.weight", "dense/model.pooling.units.shelf_pooling.query.weight"} <= before.keys()
+    assert {"tables/model.sequences.64.embeddings.item.weight", "dense/model.pooling.units.shelf_pooling.query.weight"} <= before.keys()
 
 
 def test_the_pipeline_of_cuda_trains_the_same(tiny_data, tmp_path, monkeypatch):
@@ -107,4 +110,4 @@ def test_a_table_of_bags_that_becomes_one_of_sequences_keeps_its_rows(tiny_data,
     old = saved_state(bags, 2)
     _, after, _ = run_world(start, 2, config, "matching")[0]
     for name in ("tables/model.{}.item.weight", "tables_optimizer/model.{}.item.weight/item.momentum1"):
-        assert torch.equal(after[name.format("sequences.8.embeddings")], old[name.format("embeddings.embedding_bags")])
+        assert torch.equal(after[name.format("sequences.64.embeddings")], old[name.format("embeddings.embedding_bags")])
