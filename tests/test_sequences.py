@@ -16,11 +16,13 @@ from distmtl.config_file import parse_config
 from distmtl.data.check import check_dataset
 from distmtl.data.collate import ROW, Collator
 from distmtl.data.dataset import open_dataset
+from distmtl.distributed.sharding import constraints, table_parameters
 from distmtl.errors import DistmtlError
 from distmtl.model.kernels import segment_sum, spread
 from distmtl.model.layout import Layout
 from distmtl.model.multitask import initialise_dense
 from distmtl.model.sequences import Attention, SequencePooling, TargetAttention
+from distmtl.planning import dense_parameters, offline_model
 
 LENGTHS = torch.tensor([0, 3, 1, 0, 4, 0])
 DIM, COPIES = 4, 2
@@ -164,6 +166,18 @@ def test_mistakes_in_the_config(changes, mistake):
 def test_sharding_that_sequences_cannot_have(section):
     with pytest.raises(DistmtlError, match="'item' is read by a sequence or its target: it needs a sharding type of table_wise, row_wise"):
         parse_config({**raw() | section, "optimizer": {"tables": {"kind": "sgd"}}})
+
+
+def test_what_the_planner_is_told():
+    config = parse_config(
+        {**raw(pooling="attention"), "sharding": {"types": ["grid_shard", "row_wise", "table_wise"], "row_wise_above_mb": 0}}
+    )
+    told = constraints(config, local_world_size=2, world_size=4)
+    assert told["item"].pooling_factors == [3.0, 1.0] and told["item"].sharding_types == ["row_wise", "table_wise"]
+    assert told["item"].compute_kernels == ["fused"]
+    model = offline_model(config, "cpu")
+    assert {name for name, _ in table_parameters(model)} == set(config.tables_read)
+    assert dense_parameters(model) == sum(p.numel() for p in (*model.model.head.parameters(), *model.model.pooling.parameters()))
 
 
 def collated(lists, item=None, **changes):
