@@ -330,19 +330,22 @@ def load_matching(checkpoint: Checkpoint, model: nn.Module, optimizers: Any | No
 
 
 def _fitting_tables(state: dict[str, Any], saved: dict[str, torch.Size], changes: Changes) -> tuple[dict[str, Any], list[str]]:
-    """What of `table_state` can be filled, of a table that has grown its first rows; and notes on all the rest."""
+    """What of `table_state` can be filled, by its name in the checkpoint, of a table that has grown its first rows; and notes on all
+    the rest."""
     fitting: dict[str, Any] = {}
     anew: dict[str, str] = {}  # table → why
     states_anew = dict(changes.optimizers)
+    former = {_wherever(name): name for name in saved}
     notes = []
     for name, value in state.items():  # every weight comes before any optimizer state
-        table, then, now = table_of(name), saved.get(name), value.size()
+        was = former.get(_wherever(name), name)
+        table, then, now = table_of(name), saved.get(was), value.size()
         is_weight = name.startswith("tables/")
         why = changes.tables.get(table) if is_weight else anew.get(table) or states_anew.get(table)
         if why := why or _unlike(then, now, may_grow=True):
             (anew if is_weight else states_anew)[table] = why
         elif then:
-            fitting[name] = _first_rows(value, then)
+            fitting[was] = _first_rows(value, then)
             if is_weight and then[0] < now[0]:
                 notes.append(f"table {table}: rows {then[0]:,} to {now[0] - 1:,} are new")
     notes += [f"table {table} starts anew: it {why}" for table, why in anew.items()]
@@ -431,8 +434,13 @@ def dense_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def table_of(name: str) -> str:
-    """The table that an entry of `table_state` belongs to: …embedding_bags.TABLE.weight…"""
+    """The table that an entry of `table_state` belongs to: …embedding_bags.TABLE.weight… or …embeddings.TABLE.weight…"""
     return name.split(".weight", 1)[0].rsplit(".", 1)[-1]
+
+
+def _wherever(name: str) -> str:
+    """An entry of `table_state` without the module that its table is in: a table of bags may become one of sequences."""
+    return re.sub(r"/[^/]*\.([^./]+\.weight)", r"/\1", name)
 
 
 def dense_state(model: nn.Module, optimizers: Any) -> io.BytesIO:

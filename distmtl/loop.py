@@ -384,9 +384,13 @@ class Training:
         return request
 
     def _measure(self, split: str) -> tuple[float, dict[str, dict[str, Any]]]:
-        if isinstance(self.pipeline, TrainPipelineSparseDist):
-            self.pipeline.detach()  # else scores would come from batches in flight; it attaches itself again
-        return evaluate_split(self.train_model.model, self.splits[split], self.config, self.process)
+        ahead = self.pipeline if isinstance(self.pipeline, TrainPipelineSparseDist) else None
+        if ahead:
+            ahead.detach()  # else scores would come from batches in flight
+        measured = evaluate_split(self.train_model.model, self.splits[split], self.config, self.process)
+        if ahead:
+            ahead.attach(sparse_dist=False)  # left to itself it would send the ids in flight again, and forget how many sequences hold
+        return measured
 
     def _save(self) -> None:
         """Begin a checkpoint; training goes on as soon as its state is copied."""

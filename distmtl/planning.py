@@ -23,6 +23,7 @@ from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, DDR_CAP
 from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption, Stats
 from torchrec.distributed.types import CacheParams
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distmtl.config import Config, SgdDense
 from distmtl.distributed.process import process_group, quieten
@@ -30,7 +31,6 @@ from distmtl.distributed.sharding import (
     GLOO_BANDWIDTH,
     BisectingProposer,
     PlannedTable,
-    Sharder,
     aligned,
     attach_table_optimizers,
     constraints,
@@ -39,10 +39,12 @@ from distmtl.distributed.sharding import (
     optimizer_bytes,
     plan_json,
     plan_text,
+    sharders,
+    table_parameters,
 )
 from distmtl.errors import DistmtlError
 from distmtl.loop import Training, open_splits
-from distmtl.model.multitask import TrainModel
+from distmtl.model.multitask import MultiTaskModel, TrainModel
 from distmtl.progress import Progress
 
 GIB = 2**30
@@ -215,7 +217,7 @@ def plan_world(
     rows = max(config.train.global_batch_size // world_size, 1)
     world = World(world_size, -(-world_size // hardware.ranks_per_node), rows, _of(hardware, topology), 0.0)
     try:
-        plan = planner.plan(model, [Sharder()])
+        plan = planner.plan(model, sharders())
         world.available = _of(hardware, reservation.last_reserved_topology)
         world.planned = list(describe(plan, config))
         _measure_storage(world, config, hardware, best.options if config.embedded else [], dense_bytes(config, model))
@@ -269,7 +271,7 @@ def _measure_storage(world: World, config: Config, hardware: Hardware, options: 
 
 def dense_parameters(model: nn.Module) -> int:
     """How many numbers are trained outside tables, whole on every rank."""
-    return sum(p.numel() for name, p in model.named_parameters() if ".embedding_bags." not in name)
+    return sum(p.numel() for p in model.parameters()) - sum(p.numel() for _, p in table_parameters(model))
 
 
 def dense_bytes(config: Config, model: nn.Module) -> float:
@@ -436,13 +438,19 @@ def measure(config: Config, hardware: Hardware, steps: int = 20, warm_up: int = 
         training.model.train()
         queue = iter(batches)
         whole = _timed(lambda: training.pipeline.progress(queue), last)
-        tables = training.model.module.model.embeddings
         ids = iter([b.sparse for b in batches])
-        alone = _timed(lambda: tables(next(ids)).values().sum().backward(), last) if one.embedded else [0.0]
+        alone = _timed(lambda: _tables_alone(training.train_model.model, next(ids)), last) if one.embedded else [0.0]
     skip = warm_up if last > 2 * warm_up else 0
     return Measured(
         last - skip, one.train.global_batch_size, predicted.step_ms, statistics.median(alone[skip:]), statistics.median(whole[skip:])
     )
+
+
+def _tables_alone(model: MultiTaskModel, ids: KeyedJaggedTensor) -> None:
+    """What a step does in the tables: the lookup, and the update for some gradient."""
+    vectors = [tables(ids) for tables in model.sequences.values()]
+    sums = [model.embeddings(ids).values().sum()] + [jagged.values().sum() for v in vectors for jagged in v.values()]
+    torch.stack(sums).sum().backward()
 
 
 def _timed(call: Callable[[], Any], times: int) -> list[float]:

@@ -14,7 +14,7 @@ from torch import Size
 
 from distmtl import checkpoint
 from distmtl.checkpoint import Changes, Checkpoint
-from distmtl.config import BucketFeature, Config, DotConfig, IdFeature
+from distmtl.config import BucketFeature, Config, DotConfig, Ids
 from distmtl.config_file import dump_config, parse_config
 from distmtl.data.collate import alike_type, is_list, is_string
 from distmtl.data.dataset import Dataset
@@ -35,7 +35,8 @@ FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a
 # What a new run may change that only starts from another one's weights: everything but what gives them their shape and meaning.
 FREE_FROM_WEIGHTS = (
     *(f"{section}.*" for section in ("cluster", "data", "evaluation", "optimizer", "run", "sharding", "tables", "train", "weighting")),
-    "name", "model.dropout", "features.*.column", "features.*.out_of_range", "features.*.id_dropout",
+    "name", "model.dropout", "features.*.column", "features.*.out_of_range", "features.*.id_dropout", "features.*.max_length",
+    "features.*.too_long",
     "tasks.*.label", "tasks.*.weight", "tasks.*.bias", "tasks.*.true_probability*", "tasks.*.space", "tasks.*.pos_weight", "tasks.*.focal",
     "tasks.*.kept_negatives",
 )  # fmt: skip
@@ -162,7 +163,7 @@ def changes(config: Config, found: Checkpoint, train_set: Dataset) -> Changes:
     return Changes(tables, _other_optimizers(config, old), _former_name(config, old))
 
 
-def _extra_rows_moved(now: IdFeature, then: IdFeature | BucketFeature) -> bool:
+def _extra_rows_moved(now: Ids, then: Ids | BucketFeature) -> bool:
     """Whether a row that the table had and has is, or was, an extra one and the other not."""
     common = min(now.table_rows, then.table_rows)
     before, after = ({f.rows + i: name for i, name in enumerate(f.extra_rows) if f.rows + i < common} for f in (then, now))

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchrec import JaggedTensor
 
 from distmtl import checkpoint
 from distmtl.batch import Batch
-from distmtl.config import Config, IdFeature, TableConfig
+from distmtl.config import Config, Ids, TableConfig
 from distmtl.config_file import parse_config
 from distmtl.distributed.process import process_group, quieten
 from distmtl.distributed.ranks import run_ranks
@@ -30,6 +31,7 @@ from distmtl.model.embeddings import DenseColumns
 from distmtl.model.head import Head
 from distmtl.model.layout import Features, Layout
 from distmtl.model.loss import Terms
+from distmtl.model.sequences import SequencePooling
 from distmtl.optim import dense_optimizer
 from distmtl.progress import Progress
 from distmtl.storage import place
@@ -80,7 +82,7 @@ def shrink(config: Config, folder: str) -> tuple[Config, list[str]]:
     """The config as it is verified, and in words what was changed."""
     changes, features = [], []
     for feature in config.features:
-        if isinstance(feature, IdFeature) and feature.rows > MAX_TABLE_ROWS:
+        if isinstance(feature, Ids) and feature.rows > MAX_TABLE_ROWS:
             changes.append(
                 f"table {feature.table_name!r} has {MAX_TABLE_ROWS:,} rows instead of {feature.rows:,}, and ids are hashed into it"
                 + (", none dropped" if feature.id_dropout else "")
@@ -192,23 +194,20 @@ def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, State]
     """(steps, T) losses of the same steps in one process without TorchRec (F.embedding_bag, table optimizers written out), and all
     parameters afterwards."""
     weights = {n: v.clone() for n, v in ranks[0].before.items()}
-    tables = {f.table_name: weights[f"model.embeddings.embedding_bags.{f.table_name}.weight"].requires_grad_() for f in config.embedded}
-    columns, head, terms = DenseColumns(config), Head(config, Layout.of(config)), Terms(config)
-    model = nn.ModuleDict({"features": nn.ModuleDict({"dense": columns}), "head": head})  # the names of MultiTaskModel
-    model.load_state_dict({n.removeprefix("model."): v for n, v in weights.items() if not n.startswith("model.embeddings.")})
-    dense = dense_optimizer(config.optimizer, list(model.parameters()))
+    tables = {f.table_name: weights[_weight(config, f)].requires_grad_() for f in config.embedded}
+    columns, pooling, head = DenseColumns(config), SequencePooling(config), Head(config, Layout.of(config))
+    # under the names of MultiTaskModel
+    model = nn.ModuleDict({"features": nn.ModuleDict({"dense": columns}), "pooling": pooling, "head": head})
+    model.load_state_dict({name: weights[f"model.{name}"] for name in model.state_dict()})
+    dense, terms = dense_optimizer(config.optimizer, list(model.parameters())), Terms(config)
     momentum = {name: torch.zeros_like(table) for name, table in tables.items()}
     losses = []
     for step in range(len(ranks[0].batches)):
+        batches = [rank.batches[step] for rank in ranks]
+        outputs = head(_beside([_features(config, batch, tables, columns, pooling) for batch in batches]))
         sums = totals = torch.zeros(len(terms.names))
-        for rank in ranks:
-            batch = rank.batches[step]
-            parts = [
-                F.embedding_bag(batch.sparse[f.name].values(), tables[f.table_name], batch.sparse[f.name].offsets()[:-1], mode=f.pooling)
-                for f in config.embedded
-            ]
-            features = Features((torch.cat([*parts, columns(batch.dense)], dim=1),), batch.domain, batch.rows >= 0)
-            errors, counts = terms(head(features), batch)
+        for batch, of_rank in zip(batches, outputs.split([len(b.rows) for b in batches]), strict=True):
+            errors, counts = terms(of_rank, batch)
             sums, totals = sums + (errors * counts).sum(0), totals + counts.sum(0)
         means = torch.where(totals > 0, sums / totals.clamp(min=1e-30), 0.0)
         losses.append(means.detach().double())
@@ -222,6 +221,40 @@ def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, State]
         for name, table in tables.items():
             _step_table(config.table_optimizer(name), table, momentum[name])
     return torch.stack(losses), {n: w.detach() for n, w in weights.items()} | {f"model.{n}": v for n, v in model.state_dict().items()}
+
+
+def _features(config: Config, batch: Batch, tables: dict[str, Tensor], columns: nn.Module, pooling: nn.Module) -> Features:
+    """A rank's rows as the head sees them."""
+    ids = {f.name: batch.sparse[f.name] for f in config.embedded}
+    lists = {
+        f.name: JaggedTensor(F.embedding(ids[f.name].values(), tables[f.table_name]), lengths=ids[f.name].lengths())
+        for f in config.embedded
+        if f.table_name in config.sequence_tables
+    }
+    weighed = pooling([lists])
+    parts = [
+        F.embedding_bag(ids[f.name].values(), tables[f.table_name], ids[f.name].offsets()[:-1], mode=f.pooling)
+        if f.pooling in ("sum", "mean")
+        else weighed[f.name]
+        for f in config.embedded
+    ]
+    copies = [[part[:, c * f.dim : (c + 1) * f.dim] for f, part in zip(config.embedded, parts, strict=True)] for c in range(config.copies)]
+    dense = columns(batch.dense)
+    return Features(tuple(torch.cat([*copy, dense], dim=1) for copy in copies), batch.domain, (batch.weights > 0).any(1))
+
+
+def _beside(ranks: list[Features]) -> Features:
+    """All ranks' rows: what is normalised, is over all of them."""
+    domains = [f.domain for f in ranks if f.domain is not None]
+    vectors = tuple(torch.cat(parts) for parts in zip(*(f.vectors for f in ranks), strict=True))
+    return Features(vectors, torch.cat(domains) if domains else None, torch.cat([f.real for f in ranks if f.real is not None]))
+
+
+def _weight(config: Config, feature: Any) -> str:
+    """The name of the table that a feature reads."""
+    listed = feature.table_name in config.sequence_tables
+    kind = f"sequences.{feature.dim * config.copies}.embeddings" if listed else "embeddings.embedding_bags"
+    return f"model.{kind}.{feature.table_name}.weight"
 
 
 def _step_table(optimizer: Any, table: Tensor, momentum: Tensor) -> None:

@@ -73,7 +73,7 @@ ONE = {  # place, value → the only mistake
         "tasks.click: kind 'ranking' is not one of "
         "binary, regression, ordinal, multiclass, watch_time, quantile, zero_inflated_lognormal",
     ),
-    "no kind": ("features.4", {"name": "a", "rows": 3}, "features.a: kind is missing; it is one of id, bucket, numeric, vector"),
+    "no kind": ("features.4", {"name": "a", "rows": 3}, "features.a: kind is missing; it is one of id, sequence, bucket, numeric, vector"),
     "no kind deeper": ("optimizer.dense", {"lr": 0.1}, "optimizer.dense: kind is missing; it is one of adamw, adam, adagrad, sgd"),
     "weighting": ("weighting", {"kind": "dwa"}, "weighting.kind: input should be 'static', got 'dwa'"),
     # values

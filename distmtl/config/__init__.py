@@ -11,7 +11,9 @@ from distmtl.config.features import (
     Embedded,
     Feature,
     IdFeature,
+    Ids,
     NumericFeature,
+    SequenceFeature,
     VectorFeature,
 )
 from distmtl.config.heads import (
@@ -37,6 +39,7 @@ from distmtl.config.heads import (
     STEMConfig,
 )
 from distmtl.config.tables import (
+    SEQUENCE_SHARDING,
     AdagradTable,
     AdamTable,
     RowWiseAdagradTable,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from distmtl.config.base import Name, Strict, Unit
+from distmtl.config.base import Name, Strict, Unit, Widths
 
 
 class DataConfig(Strict):
@@ -74,25 +74,22 @@ class Embedded(Strict):
         return self
 
 
-class IdFeature(Embedded):
-    """Integer or string ids, one per row or a list per row (a bag)."""
+class Ids(Embedded):
+    """Integer or string ids: 0 … rows-1 are rows of the table, strings are hashed to them."""
 
-    kind: Literal["id"] = "id"
     rows: PositiveInt = Field(description="Rows of the table; ids are 0 … rows-1. Rows for oov and missing ids come on top.")
-    pooling: Literal["sum", "mean"] = Field("sum", description="How the ids of a list become one vector.")
     out_of_range: Literal["error", "hash", "clip", "oov"] = Field(
         "error",
         description="Ids outside the table: refuse, hash into it, use its last row, or one extra row of all such ids. "
         "Strings are always hashed into the `rows`.",
     )
-    missing: Literal["empty", "row"] = Field("empty", description="A null or an empty list: no vector, or an extra row of its own.")
     id_dropout: Unit = Field(
         0.0, description="Share of the ids that training reads from the oov row, so that ids never seen find it trained (cold start)."
     )
 
     @property
     def extra_rows(self) -> tuple[str, ...]:
-        return ("oov",) * (self.out_of_range == "oov") + ("missing",) * (self.missing == "row")
+        return ("oov",) if self.out_of_range == "oov" else ()
 
     def row_of(self, extra: str) -> int:
         """Where the table holds an extra row."""
@@ -102,6 +99,45 @@ class IdFeature(Embedded):
     def _drops_to_a_row(self):
         if self.id_dropout and self.out_of_range != "oov":
             raise ValueError(f"feature {self.name!r}: id_dropout replaces ids by the oov row; set out_of_range: oov")
+        return self
+
+
+class IdFeature(Ids):
+    """Ids, one per row or a list per row (a bag)."""
+
+    kind: Literal["id"] = "id"
+    pooling: Literal["sum", "mean"] = Field("sum", description="How the ids of a list become one vector.")
+    missing: Literal["empty", "row"] = Field("empty", description="A null or an empty list: no vector, or an extra row of its own.")
+
+    @property
+    def extra_rows(self) -> tuple[str, ...]:
+        return (*super().extra_rows, *(("missing",) if self.missing == "row" else ()))
+
+
+class SequenceFeature(Ids):
+    """A list of ids per row, oldest first, and how its embeddings become one vector. A null is an empty list.
+
+    Pooling: `sum`, `mean`; `attention`: Σ softmax(q·tanh(W·e))·e over a row's ids (Yang et al. 2016); `target`: Σ a(e, t)·e with t the
+    embedding of `target` and a an MLP of (e, t, e-t, e⊙t), not normalised (DIN, Zhou et al. 2018). An empty list gives zeros.
+    """
+
+    kind: Literal["sequence"]
+    max_length: PositiveInt = Field(description="Most ids in a list.")
+    too_long: Literal["error", "newest", "oldest"] = Field(
+        "error", description="Longer lists: refuse, or keep the last or first max_length."
+    )
+    pooling: Literal["sum", "mean", "attention", "target"] = "mean"
+    target: Name | None = Field(None, description="Id feature of the same dim that pooling target compares with; one id in every row.")
+    attention: Widths = Field((32,), description="Hidden widths of the MLP of pooling target.")
+
+    @model_validator(mode="after")
+    def _compared(self):
+        if (self.pooling == "target") != (self.target is not None):
+            raise ValueError(
+                f"feature {self.name!r}: pooling target compares with a feature, the candidate item say; name it in target"
+                if self.target is None
+                else f"feature {self.name!r}: target {self.target!r} is of pooling target alone, not of {self.pooling}"
+            )
         return self
 
 
@@ -169,4 +205,4 @@ class VectorFeature(Strict):
         return self.column or self.name
 
 
-Feature = Annotated[IdFeature | BucketFeature | NumericFeature | VectorFeature, Field(discriminator="kind")]
+Feature = Annotated[IdFeature | SequenceFeature | BucketFeature | NumericFeature | VectorFeature, Field(discriminator="kind")]

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from distmtl.config.base import Precision, Strict, Unit
 
 ShardingType = Literal["table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"]
+SEQUENCE_SHARDING: tuple[ShardingType, ...] = ("table_wise", "row_wise", "column_wise")  # what TorchRec has for sequences
 
 
 class SgdTable(Strict):

@@ -9,7 +9,17 @@ from typing import get_args
 from pydantic import Field, model_validator
 
 from distmtl.config.base import Name, Strict, did_you_mean
-from distmtl.config.features import RESERVED, BucketFeature, DataConfig, Feature, IdFeature, NumericFeature, VectorFeature
+from distmtl.config.features import (
+    RESERVED,
+    BucketFeature,
+    DataConfig,
+    Feature,
+    IdFeature,
+    Ids,
+    NumericFeature,
+    SequenceFeature,
+    VectorFeature,
+)
 from distmtl.config.heads import (
     AITMConfig,
     DotConfig,
@@ -23,7 +33,15 @@ from distmtl.config.heads import (
     STARConfig,
     STEMConfig,
 )
-from distmtl.config.tables import AdagradTable, AdamTable, RowWiseAdagradTable, SgdTable, ShardingConfig, TableConfig
+from distmtl.config.tables import (
+    SEQUENCE_SHARDING,
+    AdagradTable,
+    AdamTable,
+    RowWiseAdagradTable,
+    SgdTable,
+    ShardingConfig,
+    TableConfig,
+)
 from distmtl.config.tasks import BinaryTask, Space, TaskConfig
 from distmtl.config.training import (
     ClusterConfig,
@@ -57,9 +75,19 @@ class Config(Strict):
     run: RunConfig = RunConfig()
 
     @property
-    def embedded(self) -> tuple[IdFeature | BucketFeature, ...]:
+    def embedded(self) -> tuple[IdFeature | SequenceFeature | BucketFeature, ...]:
         """Features that read a table, in the order of the config."""
-        return tuple(f for f in self.features if isinstance(f, IdFeature | BucketFeature))
+        return tuple(f for f in self.features if isinstance(f, IdFeature | SequenceFeature | BucketFeature))
+
+    @property
+    def sequences(self) -> tuple[SequenceFeature, ...]:
+        return tuple(f for f in self.features if isinstance(f, SequenceFeature))
+
+    @property
+    def sequence_tables(self) -> frozenset[str]:
+        """Tables whose every id gives a vector of its own (TorchRec's EmbeddingCollection): of sequence features and their targets."""
+        targets = {f.target for f in self.sequences}
+        return frozenset(f.table_name for f in self.embedded if isinstance(f, SequenceFeature) or f.name in targets)
 
     @property
     def dense(self) -> tuple[NumericFeature | VectorFeature, ...]:
@@ -110,7 +138,14 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _agree(self):
-        mistakes = [*_clashes(self), *_descent(self), *_named_by_head(self), *_interaction(self), *_sizes(self)]
+        mistakes = [
+            *_clashes(self),
+            *_of_sequences(self),
+            *_descent(self),
+            *_named_by_head(self),
+            *_interaction(self),
+            *_sizes(self),
+        ]
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
@@ -123,7 +158,7 @@ def _clashes(config: Config) -> list[str]:
         out += [
             f"{what} {n!r} is listed {names.count(n)} times; names must differ" for n in sorted({n for n in names if names.count(n) > 1})
         ]
-    tables: dict[str, IdFeature | BucketFeature] = {}
+    tables: dict[str, Ids | BucketFeature] = {}
     for f in config.embedded:
         first = tables.setdefault(f.table_name, f)
         if first.name != f.name and (first.rows, first.dim) != (f.rows, f.dim):
@@ -155,6 +190,22 @@ def _clashes(config: Config) -> list[str]:
                 f"table {name!r}: {' and '.join(sorted(split))} cannot train with rowwise_adagrad, whose one momentum per row would differ "
                 "in every column shard; choose adagrad or sgd, or another sharding type"
             )
+    return out
+
+
+def _of_sequences(config: Config) -> list[str]:
+    """Targets that sequences cannot be compared with, and sharding types that their tables cannot have."""
+    features, out = {f.name: f for f in config.features}, []
+    for f in config.sequences:
+        target = features.get(f.target or "")
+        if f.target and not isinstance(target, IdFeature):
+            out.append(f"feature {f.name!r}: target {f.target!r} is no id feature{did_you_mean(f.target, features)}")
+        elif isinstance(target, IdFeature) and target.dim != f.dim:
+            out.append(f"feature {f.name!r} has dim {f.dim}, its target {target.name!r} {target.dim}; give both the same")
+    for name in sorted(config.sequence_tables):
+        allowed = getattr(config.tables.get(name), "sharding", None) or config.sharding.types
+        if not set(allowed) & {*SEQUENCE_SHARDING}:
+            out.append(f"table {name!r} is read by a sequence or its target: it needs a sharding type of {', '.join(SEQUENCE_SHARDING)}")
     return out
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distmtl.config import BinaryTask, Config, IdFeature, VectorFeature
+from distmtl.config import BinaryTask, Config, IdFeature, Ids, SequenceFeature, VectorFeature
 from distmtl.data.collate import ROW, Collator, alike_type, is_list, is_string, label_rule
 from distmtl.data.dataset import Dataset
 from distmtl.errors import DistmtlError
@@ -103,6 +103,8 @@ def _schema_mistakes(
 def _wanted(feature: Any) -> tuple[Any, str]:
     if isinstance(feature, IdFeature):
         return (lambda k: _is_integer(_inner(k)) or is_string(_inner(k))), "integers or strings, or lists of them"
+    if isinstance(feature, SequenceFeature):
+        return (lambda k: is_list(k) and (_is_integer(_inner(k)) or is_string(_inner(k)))), "lists of integers or strings"
     if isinstance(feature, VectorFeature):
         return (lambda k: is_list(k) and pa.types.is_floating(_inner(k))), "lists of floats"
     return _is_number, "a number"
@@ -126,9 +128,9 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def _range_mistakes(file: pq.ParquetFile, config: Config, path: str, unknown: set[str]) -> list[str]:
     """From the statistics of every row group; takes the labels it finds a value of out of `unknown`."""
-    ids: dict[str, IdFeature] = {}  # of a column's features, the one with the smallest table
+    ids: dict[str, Ids] = {}  # of a column's features, the one with the smallest table
     for f in config.embedded:
-        if isinstance(f, IdFeature) and f.out_of_range == "error" and (f.source not in ids or f.rows < ids[f.source].rows):
+        if isinstance(f, Ids) and f.out_of_range == "error" and (f.source not in ids or f.rows < ids[f.source].rows):
             ids[f.source] = f
     rules = {t.column: rule for t in config.tasks if (rule := label_rule(t))}
     out: dict[str, None] = {}

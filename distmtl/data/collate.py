@@ -15,11 +15,13 @@ from distmtl.config import (
     BucketFeature,
     Config,
     IdFeature,
+    Ids,
     LognormalTask,
     MulticlassTask,
     NumericFeature,
     OrdinalTask,
     QuantileTask,
+    SequenceFeature,
     TaskConfig,
     VectorFeature,
     WatchTimeTask,
@@ -47,6 +49,7 @@ class Collator:
     ):
         self.config, self.locate, self.training = config, locate, training
         self.keys = [f.name for f in config.embedded]
+        self.one_each = {f.target: f"the target of {f.name!r}" for f in config.sequences} | {config.domain: "the head's domain"}
         self.dense_width = sum(f.width for f in config.dense)
         known = [getattr(t, name, None) for name in ("true_probability", "true_probability_entire") for t in config.tasks]
         self.oracles = [c if c in oracle else None for c in known]
@@ -81,11 +84,9 @@ class Collator:
         bags: dict[int, Bag] = {}
         single, replaced = np.empty((len(self.keys), n), dtype=np.int64), np.zeros(n, dtype=np.int64)
         for f, feature in enumerate(self.config.embedded):
-            ids, lengths, outside = _embedded(column(feature.source), feature, at)
-            if self.training and isinstance(feature, IdFeature) and feature.id_dropout:
+            ids, lengths, outside = self._ids(column(feature.source), feature, at)
+            if self.training and isinstance(feature, Ids) and feature.id_dropout:
                 ids = kept_ids(ids, lengths, numbers, feature, (self.config.run.seed, epoch))
-            if isinstance(feature, IdFeature) and feature.missing == "row":
-                ids, lengths = _with_missing(ids, lengths, feature)
             if lengths is None:
                 put(ids, single[f - len(bags)])
             else:
@@ -109,10 +110,6 @@ class Collator:
         domain = None
         if self.config.domain:
             f = self.keys.index(self.config.domain)
-            if f in bags:
-                raise DistmtlError(
-                    _no_domain(self.config.domain, bags[f].lengths, numbers if order is None else numbers[order], self.locate)
-                )
             domain = single[f - sum(b < f for b in bags)]
         return Rows(
             single,
@@ -128,6 +125,22 @@ class Collator:
             extras,
             domain,
         )
+
+    def _ids(
+        self, array: pa.Array, feature: Ids | BucketFeature, at: Callable[[int], str]
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """As _embedded, with missing rows; and of a feature that something needs one id of in every row, just that."""
+        ids, lengths, outside = _embedded(array, feature, at)
+        if isinstance(feature, IdFeature) and feature.missing == "row":
+            ids, lengths = _with_missing(ids, lengths, feature)
+        if lengths is None or feature.name not in self.one_each:
+            return ids, lengths, outside
+        if (lengths != 1).any():
+            i = _first(lengths != 1)
+            raise DistmtlError(
+                f"feature {feature.name!r}: {lengths[i]} values at {at(i)}; {self.one_each[feature.name]}: every row has exactly one"
+            )
+        return ids, None, outside
 
     def _after_their_parents(self, labels: np.ndarray, weights: np.ndarray, at: Callable[[int], str]) -> np.ndarray:
         """Leave out labels of tasks that could not happen because one before them did not. (n,) how many of these say they did.
@@ -180,7 +193,7 @@ class Collator:
         column = lambda name: _whole(table[name])  # noqa: E731  # not all at once: it copies
         numbers = column(ROW).to_numpy()
         at = lambda i: self.locate(int(numbers[i]))  # noqa: E731
-        checks: list[Callable[[], object]] = [lambda f=f: _embedded(column(f.source), f, at) for f in self.config.embedded]  # type: ignore[misc]
+        checks: list[Callable[[], object]] = [lambda f=f: self._ids(column(f.source), f, at) for f in self.config.embedded]  # type: ignore[misc]
         checks += [lambda f=f: _dense(column(f.source), f, at) for f in self.config.dense]  # type: ignore[misc]
         checks += [lambda t=t: _label(column(t.column), t, at) for t in self.config.tasks]  # type: ignore[misc]
         if self.config.data.weight:
@@ -260,7 +273,7 @@ def _first(mask: np.ndarray) -> int:
 
 
 def _embedded(
-    array: pa.Array, feature: IdFeature | BucketFeature, at: Callable[[int], str]
+    array: pa.Array, feature: Ids | BucketFeature, at: Callable[[int], str]
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Table rows of every id, ids per row (None: one each), and how many of each row's the policy replaced (None: none)."""
     if isinstance(feature, BucketFeature):
@@ -273,6 +286,8 @@ def _embedded(
         if array.null_count:
             row = _row_of(_first(array.is_null().to_numpy(zero_copy_only=False)), lengths)
             raise DistmtlError(f"feature {feature.name!r}: a null inside a list at {at(row)}; leave it out of the list")
+        if isinstance(feature, SequenceFeature) and n and lengths.max() > feature.max_length:
+            array, lengths = _cut(array, lengths, feature, at)
     elif array.null_count:
         lengths = array.is_valid().to_numpy(zero_copy_only=False).astype(np.int32)
         array = array.drop_null()
@@ -311,6 +326,20 @@ def _with_missing(ids: np.ndarray, lengths: np.ndarray | None, feature: IdFeatur
     out = np.full(filled.sum(), feature.row_of("missing"))
     out[np.repeat(lengths > 0, filled)] = ids
     return out, None if len(out) == len(filled) else filled
+
+
+def _cut(ids: pa.Array, lengths: np.ndarray, feature: SequenceFeature, at: Callable[[int], str]) -> tuple[pa.Array, np.ndarray]:
+    """The ids and lengths of lists that are no longer than the feature allows."""
+    if feature.too_long == "error":
+        row = _first(lengths > feature.max_length)
+        raise DistmtlError(
+            f"feature {feature.name!r}: a list of {lengths[row]} ids at {at(row)}, but max_length is {feature.max_length}; raise it, "
+            "or set too_long to newest or oldest"
+        )
+    kept = np.minimum(lengths, feature.max_length)
+    left_out = lengths - kept if feature.too_long == "newest" else np.zeros_like(lengths)
+    before = np.repeat(np.cumsum(lengths) - lengths + left_out - (np.cumsum(kept) - kept), kept)
+    return ids.take(pa.array(np.arange(len(before)) + before)), kept
 
 
 def _row_of(ids: Any, lengths: np.ndarray | None) -> Any:
@@ -400,11 +429,6 @@ def label_rule(task: TaskConfig) -> tuple[float, float, str] | None:
         case WatchTimeTask() | QuantileTask() | LognormalTask():
             return 0, np.inf, f"a label of kind {task.kind} is at least 0"
     return None
-
-
-def _no_domain(feature: str, lengths: np.ndarray, numbers: np.ndarray, locate: Callable[[int], str]) -> str:
-    i = _first(lengths != 1) if (lengths != 1).any() else 0
-    return f"feature {feature!r}: {lengths[i]} values at {locate(int(numbers[i]))}; the head's domain: every row has exactly one"
 
 
 def _weight(array: pa.Array, column: str, at: Callable[[int], str]) -> np.ndarray:

@@ -16,20 +16,21 @@ import torch.distributed as dist
 import torchrec
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding, BaseBatchedEmbeddingBag
 from torchrec.distributed.comm_ops import set_gradient_division
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, Proposer, ShardingOption
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from distmtl.config import AdagradTable, AdamTable, Config, RowWiseAdagradTable, SgdTable
+from distmtl.config import SEQUENCE_SHARDING, AdagradTable, AdamTable, Config, RowWiseAdagradTable, SgdTable
 from distmtl.distributed.process import Process
 from distmtl.errors import DistmtlError
 
@@ -39,12 +40,17 @@ UNCHECKED = {"bounds_check_mode": BoundsCheckMode.NONE}  # the reader lets no id
 SEARCH = 150_000  # shards that one proposer may weigh, at 20 to 50 µs each
 
 
-class Sharder(EmbeddingBagCollectionSharder):
-    """TorchRec's sharder, with the types that it leaves out on CPU although they are right there."""
+class BagSharder(EmbeddingBagCollectionSharder):
+    """TorchRec's sharder of bags, with the types that it leaves out on CPU although they are right there."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         types = super().sharding_types(compute_device_type)
         return [*types, *(t for t in ("table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard") if t not in types)]
+
+
+def sharders(fused: dict[str, Any] | None = None, codecs: dict[str, Any] | None = None) -> list[ModuleSharder[Any]]:
+    """Of everything that is planned and sharded: bags and sequences."""
+    return [kind(dict(fused or {}), codecs) for kind in (BagSharder, EmbeddingCollectionSharder)]
 
 
 @dataclass(frozen=True)
@@ -98,14 +104,17 @@ def table_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Table name, weight, for every table of an unsharded model."""
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection):
-            for name, table in module.embedding_bags.items():
-                yield name, table.weight
+            yield from ((name, table.weight) for name, table in module.embedding_bags.items())
+        elif isinstance(module, EmbeddingCollection):
+            yield from ((name, table.weight) for name, table in module.embeddings.items())
 
 
 def constraints(config: Config, local_world_size: int, world_size: int) -> dict[str, ParameterConstraints]:
     """What the planner may do with every table; always explicit, since data_parallel would drop the table's optimizer."""
     out = {}
-    readers = Counter(f.table_name for f in config.embedded)
+    readers: dict[str, list[float]] = {}  # lookups per row of every feature: of a sequence the most there can be, of a bag nobody knows
+    for feature in config.embedded:
+        readers.setdefault(feature.table_name, []).append(float(getattr(feature, "max_length", 1)))
     for feature in config.embedded:
         name = feature.table_name
         own = config.tables[name].sharding if name in config.tables else None
@@ -120,11 +129,13 @@ def constraints(config: Config, local_world_size: int, world_size: int) -> dict[
             types = tuple(t for t in types if t == "table_wise") or types  # the others cut into one piece, and pay for the cutting
         elif world_size == local_world_size and own is None:
             types = tuple(t for t in types if t not in ("table_row_wise", "grid_shard")) or ("table_wise",)
+        if name in config.sequence_tables:
+            types = tuple(t for t in types if t in SEQUENCE_SHARDING) or ("table_wise",)
         out[name] = ParameterConstraints(
             sharding_types=list(types),
             compute_kernels=["fused"],
             min_partition=min(dim, 32),
-            pooling_factors=[1.0] * readers[name],  # lookups per row and feature; nobody knows the length of lists here
+            pooling_factors=readers[name],
         )
     return out
 
@@ -238,7 +249,7 @@ def make_plan(model: nn.Module, config: Config, process: Process) -> ShardingPla
     topology = Topology(process.world_size, process.device.type, hbm_cap=memory, local_world_size=local, **bandwidths)
     planner = make_planner(config, topology, constraints(config, local, process.world_size))
     try:
-        return planner.collective_plan(model, [Sharder()], dist.group.WORLD)
+        return planner.collective_plan(model, sharders(), dist.group.WORLD)
     except PlannerError as e:
         raise DistmtlError(f"no sharding plan for {process.world_size} worker(s): {e}") from None
 
@@ -256,7 +267,7 @@ def shard(model: nn.Module, config: Config, process: Process) -> tuple[Distribut
             env=ShardingEnv.from_process_group(dist.group.WORLD),
             device=process.device,
             plan=plan,
-            sharders=[Sharder(UNCHECKED, codecs(config, process))],
+            sharders=sharders(UNCHECKED, codecs(config, process)),
             init_data_parallel=False,
         )
     missing = {t.table for t in planned if any(rank == process.rank for rank, *_ in t.shards)} - {
@@ -270,12 +281,15 @@ def shard(model: nn.Module, config: Config, process: Process) -> tuple[Distribut
 @contextmanager
 def undrawn_tables() -> Iterator[None]:
     """TorchRec draws every table as it makes it, in as much time as `initialise_tables` takes to draw it anew."""
-    draw = BaseBatchedEmbeddingBag.init_parameters
-    BaseBatchedEmbeddingBag.init_parameters = lambda self: None
+    kernels = (BaseBatchedEmbeddingBag, BaseBatchedEmbedding)
+    draw = [kernel.init_parameters for kernel in kernels]
+    for kernel in kernels:
+        kernel.init_parameters = lambda self: None
     try:
         yield
     finally:
-        BaseBatchedEmbeddingBag.init_parameters = draw
+        for kernel, own in zip(kernels, draw, strict=True):
+            kernel.init_parameters = own
 
 
 def describe(plan: ShardingPlan, config: Config) -> Iterator[PlannedTable]:
@@ -333,7 +347,7 @@ def plan_json(planned: list[PlannedTable], world_size: int) -> dict[str, Any]:
 
 def dense_parameters(model: nn.Module, planned: list[PlannedTable]) -> dict[str, nn.Parameter]:
     """Everything that no sharded table holds."""
-    tables = tuple(f".embedding_bags.{t.table}.weight" for t in planned)
+    tables = tuple(f".{kind}.{t.table}.weight" for t in planned for kind in ("embedding_bags", "embeddings"))
     return {name: p for name, p in model.named_parameters() if not name.endswith(tables)}
 
 

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedTensor, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from distmtl.config import BucketFeature, Config, IdFeature, VectorFeature
+from distmtl.config import Config, VectorFeature
 from distmtl.model.kernels import Run, side_by_side
 from distmtl.model.layout import Features
 
 
 def embedding_tables(config: Config) -> EmbeddingBagCollection | None:
-    """The tables on "meta": no memory until they are sharded. Pooling is SUM here, MEAN is FeatureVector's division
-    (TorchRec's own is wrong in plans that mix sharding types). None when no feature reads a table."""
-    readers: dict[str, list[IdFeature | BucketFeature]] = {}
-    for feature in config.embedded:
-        readers.setdefault(feature.table_name, []).append(feature)
-    if not readers:
-        return None
+    """The tables of bags on "meta": no memory until they are sharded. Pooling is SUM here, MEAN is FeatureVector's division
+    (TorchRec's own is wrong in plans that mix sharding types). None when no feature reads such a table."""
     tables = [
-        EmbeddingBagConfig(
-            name=name,
-            num_embeddings=features[0].table_rows,
-            embedding_dim=features[0].dim * config.copies,
-            feature_names=[f.name for f in features],
-            pooling=PoolingType.SUM,
-            init_fn=leave,
-        )
-        for name, features in readers.items()
+        EmbeddingBagConfig(**table, pooling=PoolingType.SUM) for table in _described(config) if table["name"] not in config.sequence_tables
     ]
-    return EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+    return EmbeddingBagCollection(tables=tables, device=torch.device("meta")) if tables else None
+
+
+def sequence_tables(config: Config) -> nn.ModuleDict:
+    """The tables that give every id's embedding, on "meta": a collection per width, since TorchRec's have one width each."""
+    widths: dict[int, list[EmbeddingConfig]] = {}
+    for table in _described(config):
+        if table["name"] in config.sequence_tables:
+            widths.setdefault(table["embedding_dim"], []).append(EmbeddingConfig(**table))
+    return nn.ModuleDict({str(w): EmbeddingCollection(tables=tables, device=torch.device("meta")) for w, tables in widths.items()})
+
+
+def _described(config: Config) -> list[dict[str, Any]]:
+    """What TorchRec wants to know of every table."""
+    readers: dict[str, list[str]] = {}
+    for feature in config.embedded:
+        readers.setdefault(feature.table_name, []).append(feature.name)
+    return [
+        {"name": name, "num_embeddings": rows, "embedding_dim": width, "feature_names": readers[name], "init_fn": leave}
+        for name, (rows, width) in config.tables_read.items()
+    ]
 
 
 def leave(weights: Tensor) -> Tensor:
@@ -64,7 +73,8 @@ class FeatureVector(nn.Module):
 
     A table is `config.copies` times as wide as its features' dim: with STEM, columns of task 0, of task 1, …, shared ones.
 
-    forward: pooled (B, sum of dims x copies), ids of the same features, dense (B, dense width), domain (B,), weights (B, T) → Features
+    forward: pooled bags (B, sum of dims x copies), pooled sequences, each (B, dim x copies), ids of both in config order,
+    dense (B, dense width), domain (B,), weights (B, T) → Features
     whose vectors, one per copy, are in the precision of the head
     """
 
@@ -77,15 +87,27 @@ class FeatureVector(nn.Module):
         self.dense = DenseColumns(config)
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
 
-    def forward(self, pooled: KeyedTensor, ids: KeyedJaggedTensor, dense: Tensor, domain: Tensor | None, weights: Tensor) -> Features:
+    def forward(
+        self,
+        pooled: KeyedTensor,
+        sequences: dict[str, Tensor],
+        ids: KeyedJaggedTensor,
+        dense: Tensor,
+        domain: Tensor | None,
+        weights: Tensor,
+    ) -> Features:
         scales = None
         if self.mean:
             scales = 1.0 / ids.lengths().view(len(self.keys), -1)[self.mean].clamp(min=1)
+        values, widths = pooled.values(), dict(zip(pooled.keys(), pooled.length_per_key(), strict=True))
+        if sequences:
+            values = torch.cat([*([values] if widths else []), *sequences.values()], dim=1)
+            widths |= {key: vector.shape[1] for key, vector in sequences.items()}
         starts, start = {}, 0
-        for key, width in zip(pooled.keys(), pooled.length_per_key(), strict=True):
+        for key, width in widths.items():
             starts[key], start = start, start + width
         blocks = [self._runs(starts, copy) for copy in range(self.copies)]
-        return Features(side_by_side(pooled.values(), blocks, scales, self.dense(dense), self.dtype), domain, (weights > 0).any(1))
+        return Features(side_by_side(values, blocks, scales, self.dense(dense), self.dtype), domain, (weights > 0).any(1))
 
     def _runs(self, starts: dict[str, int], copy: int) -> list[Run]:
         """The columns of a copy in config order, neighbours in `pooled` that are neighbours here taken together."""

@@ -64,6 +64,16 @@ def with_dots(x: Tensor, features: int, dim: int) -> Tensor:
     return _WithDots.apply(x, features, dim)
 
 
+def segment_sum(x: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of neighbouring rows, the first lengths[0] of them, the next lengths[1], …: (N, …), (B,) → (B, …)"""
+    return _SegmentSum.apply(x, lengths)
+
+
+def spread(x: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """Row b of x lengths[b] times, `total` rows in all: (B, …), (B,) → (N, …)"""
+    return _Spread.apply(x, lengths, total)
+
+
 def _cast(*tensors: Tensor) -> list[Tensor]:
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -178,6 +188,35 @@ class _WithDots(torch.autograd.Function):
 @lru_cache
 def _pairs(features: int, device: torch.device) -> Tensor:
     return torch.triu_indices(features, features, offset=1, device=device)
+
+
+class _SegmentSum(torch.autograd.Function):
+    """Its adjoint is _Spread: unlike index_add's, both results are the same in every run on CUDA too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        ctx.total = len(x)
+        ctx.save_for_backward(lengths)
+        return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (lengths,) = ctx.saved_tensors
+        return gradient.repeat_interleave(lengths, 0, output_size=ctx.total), None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor, total: int) -> Tensor:
+        ctx.save_for_backward(lengths)
+        return x.repeat_interleave(lengths, 0, output_size=total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (lengths,) = ctx.saved_tensors
+        return torch.segment_reduce(gradient.contiguous(), "sum", lengths=lengths, unsafe=True), None, None
 
 
 class _Mix(torch.autograd.Function):

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, KeyedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingCollection, KeyedTensor
 
 from distmtl.batch import Batch
 from distmtl.config import Config
-from distmtl.model.embeddings import FeatureVector, embedding_tables
+from distmtl.model.embeddings import FeatureVector, embedding_tables, sequence_tables
 from distmtl.model.head import Head
 from distmtl.model.layout import Layout
 from distmtl.model.loss import JointLoss, StepNumbers
+from distmtl.model.sequences import SequencePooling
 
 
 class MultiTaskModel(nn.Module):
@@ -23,16 +24,19 @@ class MultiTaskModel(nn.Module):
     def __init__(self, config: Config, device: torch.device):
         super().__init__()
         self.embeddings = embedding_tables(config) or NoTables()
+        self.sequences = sequence_tables(config)
+        self.pooling = SequencePooling(config).to(device)
         self.features = FeatureVector(config).to(device)
         self.head = Head(config, Layout.of(config)).to(device)
 
     def forward(self, batch: Batch) -> Tensor:
         pooled = self.embeddings(batch.sparse)
-        return self.head(self.features(pooled, batch.sparse, batch.dense, batch.domain, batch.weights))
+        sequences = self.pooling([tables(batch.sparse) for tables in self.sequences.values()])
+        return self.head(self.features(pooled, sequences, batch.sparse, batch.dense, batch.domain, batch.weights))
 
 
 class NoTables(nn.Module):
-    """In place of the tables where no feature reads one."""
+    """In place of the tables of bags where no feature reads one."""
 
     def forward(self, ids: Any) -> KeyedTensor:
         return KeyedTensor(keys=[], length_per_key=[], values=torch.empty(0, 0))
@@ -53,7 +57,7 @@ class TrainModel(nn.Module):
 def initialise_dense(model: nn.Module, seed: int) -> None:
     """Draw dense weights anew by (seed, module name): they depend on neither the order of building nor the layout."""
     for name, module in model.named_modules():
-        if hasattr(module, "reset_parameters") and not isinstance(module, EmbeddingBagCollection):
+        if hasattr(module, "reset_parameters") and not isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
                 module.reset_parameters()

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from distmtl.loop import train
-from distmtl.model.kernels import linear_relu, mix
+from distmtl.model.kernels import linear_relu, mix, segment_sum, spread
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -32,3 +32,6 @@ def test_kernels_on_cuda():
     assert torch.autograd.gradcheck(lambda x, w, b: tuple(linear_relu([x] * 3, w, b)), (x, w, b))
     gates, experts = (torch.randn(*s, dtype=torch.float64, device="cuda", requires_grad=True) for s in ((2, 3, 9), (3, 9, 4)))
     assert torch.autograd.gradcheck(lambda g, e: tuple(mix(g, list(e))), (gates, experts))
+    lengths = torch.tensor([4, 0, 5], device="cuda")
+    assert torch.autograd.gradcheck(lambda x: segment_sum(x, lengths), x)
+    assert torch.autograd.gradcheck(lambda x: spread(x[:3], lengths, 9), x)
