@@ -13,22 +13,28 @@ from distmtl.config import (
     Config,
     ESCM2Config,
     ESMMConfig,
+    HoMEConfig,
     MMoEConfig,
     OMoEConfig,
+    PEPNetConfig,
     PLEConfig,
     PluginHeadConfig,
     SharedBottomConfig,
     SingleTaskConfig,
+    STARConfig,
 )
 from distmtl.errors import DistmtlError
 from distmtl.model.experts import Output, Tower
+from distmtl.model.home import HoME
 from distmtl.model.kinds import output_layer
 from distmtl.model.layout import Features, Layout
 from distmtl.model.mmoe import MMoE
 from distmtl.model.omoe import OMoE
+from distmtl.model.pepnet import PEPNet
 from distmtl.model.ple import PLE
 from distmtl.model.shared_bottom import SharedBottom
 from distmtl.model.single_task import SingleTask
+from distmtl.model.star import STAR
 
 
 class Head(nn.Module):
@@ -90,6 +96,14 @@ def sharing_network(config: Config, layout: Layout) -> Any:
             return PLE(width, tasks, 1, model.shared_experts, model.task_experts, model.expert, model.dropout)
         case PLEConfig():
             return PLE(width, tasks, model.num_levels, model.shared_experts, model.task_experts, model.expert, model.dropout)
+        case HoMEConfig():
+            groups = [[config.task(name) for name in group] for group in model.groups] or [list(range(tasks))]
+            return HoME(width, groups, model.experts, model.expert, model.feature_rank, model.momentum)
+        case STARConfig():
+            return STAR(layout, model.domain, tasks, model.bottom, model.auxiliary, model.momentum)
+        case PEPNetConfig():
+            embedded, gated = sum(f.dim for f in config.embedded), (model.domain_features, model.gate_features)
+            return PEPNet(layout, embedded, *gated, tasks, model.tower, model.gate_hidden, model.dropout)
         case PluginHeadConfig():
             return Plugin(model, width, tasks)
 
