@@ -109,9 +109,9 @@ class SigmoidGate(Gate):
 
 
 class HoME(nn.Module):
-    """Two levels. The first has experts of every group of tasks and shared ones, and mixes for a group zᵍ of its own and the shared ones,
-    for all zˢ of all of them. The second has experts of every task and group, reading zᵍ, and shared ones, reading zˢ; a task mixes its own,
-    its group's and the shared ones. Gates of the first level read the feature vector, of the second zᵍ ⊕ zˢ.
+    """Two levels. The first has experts of every group of tasks and shared ones; it mixes zᵍ for a group, of its own and the shared
+    ones, and zˢ, of all. The second has experts of every task and group, reading zᵍ, and shared ones, reading zˢ; a task mixes its
+    own, its group's and the shared ones. Gates of the first level read the feature vector, of the second zᵍ ⊕ zˢ.
 
     Unlike the paper's, a feature gate is one product of low rank with a bias and not a weighted sum of several, it belongs to a set of
     experts (a task's, a group's, the shared ones) and not to each, and all sets and levels have experts of the same number and shape.
