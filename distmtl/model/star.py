@@ -41,7 +41,8 @@ class STAR(nn.Module):
     """Partitioned normalisation, a network whose every layer is a StarLayer, and beside it an auxiliary network of the domain.
 
     Their last layers stand side by side, so that a task whose tower is empty has the paper's logit, main plus auxiliary (eq. 8); all
-    tasks share both. The auxiliary network sees the domain's embedding alone, the paper's the other features too.
+    tasks share both. The auxiliary network sees the domain's embedding alone, the paper's the other features too; and the main one
+    does not see it: constant in a domain, it has no variance to be divided by, and its part is that of the domain's own biases.
 
     forward: Features → T times the same (B, bottom[-1] + auxiliary[-1])
     """
@@ -51,21 +52,24 @@ class STAR(nn.Module):
     ):
         super().__init__()
         self.num_tasks, self.domains, self.output_width = num_tasks, layout.domains, bottom[-1] + auxiliary[-1]
-        self.columns = slice(*layout.places[domain])
-        self.norm = PartitionedNorm(layout.width, layout.domains, momentum)
-        sizes = zip((layout.width, *bottom), bottom, strict=False)
+        first, last = layout.places[domain]
+        self.parts = first, last - first, layout.width - last
+        width = layout.width - self.parts[1]
+        self.norm = PartitionedNorm(width, layout.domains, momentum)
+        sizes = zip((width, *bottom), bottom, strict=False)
         self.bottom = nn.ModuleList(StarLayer(into, out, layout.domains) for into, out in sizes)
-        self.auxiliary = Experts(1, layout.dim(domain), auxiliary)
+        self.auxiliary = Experts(1, self.parts[1], auxiliary)
 
     def forward(self, features: Features) -> list[Tensor]:
         domain = features.domain
         assert domain is not None, "the batch has no domain"
         order = domain.argsort(stable=True)
         rows = torch.bincount(domain, minlength=self.domains).tolist()
+        before, embedding, after = features.x.split(self.parts, dim=1)
         # domains without rows are computed too: on every rank every parameter has a gradient, and collectives come in the same order
-        xs: Sequence[Tensor] = self.norm(features.x, domain, features.real).index_select(0, order).split(rows)
+        xs: Sequence[Tensor] = self.norm(torch.cat([before, after], dim=1), domain, features.real).index_select(0, order).split(rows)
         for layer in self.bottom:
             xs = layer(xs)
         main = torch.cat(list(xs)).index_select(0, order.argsort())
-        (auxiliary,) = self.auxiliary(features.x[:, self.columns])
+        (auxiliary,) = self.auxiliary(embedding)
         return [torch.cat([main, auxiliary], dim=1)] * self.num_tasks
