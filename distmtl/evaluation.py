@@ -20,6 +20,7 @@ from distmtl.errors import DistmtlError
 from distmtl.metrics import Accumulator
 from distmtl.model.loss import Terms
 from distmtl.model.multitask import MultiTaskModel
+from distmtl.model.normalisation import unseen_domain
 from distmtl.run_directory import checkpoint_config, find_checkpoint
 from distmtl.scores import Scores
 
@@ -62,7 +63,7 @@ def evaluate_split(model: nn.Module, dataset: Dataset, config: Config, process: 
         model: Batch → outputs, sharded or not.
 
     Raises:
-        DistmtlError: a row that cannot be read, on whatever rank.
+        DistmtlError: a row that cannot be read, or of a domain that was never trained on, on whatever rank.
     """
     streams = config.data.num_streams
     collate = Collator(config, oracle=dataset.columns, locate=dataset.locate)
@@ -87,13 +88,13 @@ def evaluate_split(model: nn.Module, dataset: Dataset, config: Config, process: 
     model.eval()
     with torch.no_grad():
         for batch in reader.batches(0, reader.steps_per_epoch):
-            error = error or batch.error
             batch = batch.to(process.device)
+            error = batch.error or unseen_domain(model, batch, config, dataset.locate)
             outputs = model(batch)
             errors, weights = terms(outputs, batch)
             sums += torch.stack([(errors * weights).sum(0), weights.sum(0)]).double().cpu()
             metrics.update(scores(outputs, batch), batch.groups)
-            if _anyone(batch.error is not None, process):
+            if _anyone(error is not None, process):
                 break
     model.train(was_training)
     if errors := gather_texts(process, error):
@@ -107,7 +108,7 @@ def evaluate_split(model: nn.Module, dataset: Dataset, config: Config, process: 
 
 
 def _anyone(failed: bool, process: Process) -> bool:
-    """Whether a rank's reader failed: all of them stop at the same step then."""
+    """Whether a rank has an error: all of them stop at the same step then."""
     if process.world_size == 1:
         return failed
     flag = torch.tensor(float(failed), device=process.device)

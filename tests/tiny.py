@@ -26,6 +26,7 @@ def table(rows: int, seed: int = 0) -> pa.Table:
             "user": user,
             "item": item,
             "tags": [rng.integers(0, 20, rng.integers(0, 4)).tolist() for _ in range(rows)],
+            "domain": np.arange(rows) % 3,
             "city": [f"city {u % 37}" for u in user],
             "x": pa.array(x, mask=rng.random(rows) < 0.05),
             "image": pa.array(list(rng.normal(size=(rows, 3)).astype(np.float32)), pa.list_(pa.float32(), 3)),

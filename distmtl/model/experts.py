@@ -64,6 +64,20 @@ def gates(several: Iterable[Gate], x: Tensor) -> Tensor:
     return F.softmax(logits.T.unflatten(0, (len(several), -1)), dim=1, dtype=torch.float32)
 
 
+class Scale(nn.Linear):
+    """2·sigmoid(Wx + b), a factor of something else. Zero weights at start: exactly 1.
+
+    forward: (B, in) → (B, out)
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x).sigmoid()
+
+
 class Output(nn.Linear):
     """The last layer of a tower, with a chosen bias at start; in full precision, whatever came before.
 

@@ -16,26 +16,32 @@ from distmtl.config import (
     DBMTLConfig,
     ESCM2Config,
     ESMMConfig,
+    HoMEConfig,
     MMoEConfig,
     OMoEConfig,
+    PEPNetConfig,
     PLEConfig,
     PluginHeadConfig,
     SharedBottomConfig,
     SingleTaskConfig,
+    STARConfig,
     STEMConfig,
 )
 from distmtl.errors import DistmtlError
 from distmtl.model.aitm import AITM
 from distmtl.model.dbmtl import DBMTL
 from distmtl.model.experts import Output, Tower
+from distmtl.model.home import HoME
 from distmtl.model.interaction import interaction
 from distmtl.model.kinds import output_layer
 from distmtl.model.layout import Features, Layout
 from distmtl.model.mmoe import MMoE
 from distmtl.model.omoe import OMoE
+from distmtl.model.pepnet import PEPNet
 from distmtl.model.ple import PLE
 from distmtl.model.shared_bottom import SharedBottom
 from distmtl.model.single_task import SingleTask
+from distmtl.model.star import STAR
 from distmtl.model.stem import STEM
 
 
@@ -112,6 +118,14 @@ def sharing_network(config: Config, layout: Layout) -> Any:
             return DBMTL(width, descent(config), model.bottom, model.task, model.relation, model.detach_parents, model.dropout)
         case STEMConfig():
             return STEM(width, tasks, model.shared_experts, model.task_experts, model.expert, model.dropout)
+        case HoMEConfig():
+            groups = [[config.task(name) for name in group] for group in model.groups] or [list(range(tasks))]
+            return HoME(width, groups, model.experts, model.expert, model.feature_rank, model.momentum)
+        case STARConfig():
+            return STAR(layout, model.domain, tasks, model.bottom, model.auxiliary, model.momentum)
+        case PEPNetConfig():
+            embedded, gated = sum(f.dim for f in config.embedded), (model.domain_features, model.gate_features)
+            return PEPNet(layout, embedded, *gated, tasks, model.tower, model.gate_hidden, model.dropout)
         case PluginHeadConfig():
             return Plugin(model, width, tasks)
 

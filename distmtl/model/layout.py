@@ -49,6 +49,11 @@ class Layout:
         """With further columns, of no feature, at the end."""
         return replace(self, width=width)
 
+    def dim(self, feature: str) -> int:
+        """How many columns a feature has."""
+        first, last = self.places[feature]
+        return last - first
+
     def columns(self, features: Iterable[str]) -> list[int]:
         """Numbers of the features' columns, in the order given."""
         return [c for name in features for c in range(*self.places[name])]
