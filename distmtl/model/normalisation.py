@@ -65,7 +65,7 @@ class PartitionedNorm(nn.Module):
 
     def _member(self, z: Tensor, domain: Tensor | None, real: Tensor | None) -> Tensor:
         """(B, P): 1 where a row is of a domain, and no padding."""
-        domain = torch.zeros(len(z), dtype=torch.int64, device=z.device) if domain is None else domain
+        domain = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device) if domain is None else domain
         member = domain[:, None] == torch.arange(self.domains, device=z.device)
         return (member if real is None else member & real[:, None]).to(z.dtype)
 

@@ -63,13 +63,25 @@ class STAR(nn.Module):
     def forward(self, features: Features) -> list[Tensor]:
         domain = features.domain
         assert domain is not None, "the batch has no domain"
-        order = domain.argsort(stable=True)
-        rows = torch.bincount(domain, minlength=self.domains).tolist()
         before, embedding, after = features.x.split(self.parts, dim=1)
-        # domains without rows are computed too: on every rank every parameter has a gradient, and collectives come in the same order
-        xs: Sequence[Tensor] = self.norm(torch.cat([before, after], dim=1), domain, features.real).index_select(0, order).split(rows)
-        for layer in self.bottom:
-            xs = layer(xs)
-        main = torch.cat(list(xs)).index_select(0, order.argsort())
+        x = self.norm(torch.cat([before, after], dim=1), domain, features.real)
+        main = self._in_every_domain(x, domain) if torch.compiler.is_exporting() else self._domain_by_domain(x, domain)
         (auxiliary,) = self.auxiliary(embedding)
         return [torch.cat([main, auxiliary], dim=1)] * self.num_tasks
+
+    def _domain_by_domain(self, x: Tensor, domain: Tensor) -> Tensor:
+        """Rows sorted by domain, each domain's through its own network. Domains without rows are computed too: on every rank every
+        parameter has a gradient, and collectives come in the same order."""
+        order = domain.argsort(stable=True)
+        xs: Sequence[Tensor] = x.index_select(0, order).split(torch.bincount(domain, minlength=self.domains).tolist())
+        for layer in self.bottom:
+            xs = layer(xs)
+        return torch.cat(list(xs)).index_select(0, order.argsort())
+
+    def _in_every_domain(self, x: Tensor, domain: Tensor) -> Tensor:
+        """The same in P times the work, with sizes that depend on no data: what torch.export needs."""
+        xs: Sequence[Tensor] = [x] * self.domains
+        for layer in self.bottom:
+            xs = layer(xs)
+        every = torch.stack(list(xs), dim=1)
+        return every.gather(1, domain[:, None, None].expand(-1, 1, every.shape[2])).squeeze(1)
