@@ -21,7 +21,7 @@ from distmtl.config.heads import (
     STEMConfig,
 )
 from distmtl.config.tables import AdagradTable, AdamTable, RowWiseAdagradTable, SgdTable, ShardingConfig, TableConfig
-from distmtl.config.tasks import BinaryTask, Space, TaskConfig
+from distmtl.config.tasks import BinaryTask, CalibrationConfig, Space, TaskConfig
 from distmtl.config.training import (
     ClusterConfig,
     EvaluationConfig,
@@ -99,6 +99,11 @@ class Config(Strict):
         """Table → its rows and columns."""
         return {f.table_name: (f.rows, f.dim * self.copies) for f in self.embedded}
 
+    @property
+    def calibrations(self) -> dict[str, CalibrationConfig]:
+        """Task → how it is calibrated, of those that are."""
+        return {t.name: t.calibration for t in self.tasks if isinstance(t, BinaryTask) and t.calibration}
+
     def table_optimizer(self, table: str) -> SgdTable | AdagradTable | RowWiseAdagradTable | AdamTable:
         return getattr(self.tables.get(table), "optimizer", None) or self.optimizer.tables
 
@@ -107,7 +112,7 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _agree(self):
-        mistakes = [*_clashes(self), *_descent(self), *_named_by_head(self), *_sizes(self)]
+        mistakes = [*_clashes(self), *_descent(self), *_named_by_head(self), *_calibrated(self), *_sizes(self)]
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
@@ -197,6 +202,18 @@ def _named_by_head(config: Config) -> list[str]:
         out += [
             f"model.groups: task {n!r} is in {listed.count(n)} groups; it must be in one" for n in sorted(names) if listed.count(n) != 1
         ]
+    return out
+
+
+def _calibrated(config: Config) -> list[str]:
+    """What calibrations need and the config lacks."""
+    out, embedded = [], {f.name for f in config.embedded}
+    for task, calibration in config.calibrations.items():
+        if not config.data.validation:
+            out.append(f"task {task!r}: calibration is fitted on the validation split; set data.validation")
+        if calibration.slices and calibration.slices not in embedded:
+            hint = did_you_mean(calibration.slices, embedded)
+            out.append(f"task {task!r}: calibration.slices {calibration.slices!r} is no id or bucket feature{hint}")
     return out
 
 
