@@ -342,6 +342,7 @@ class Training:
             data_wait=meter.data_wait(),
             lr=self.optimizers.dense_lr,
             replaced_ids=meter.replaced_ids,
+            contradictions=meter.contradictions,
             memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             eta_s=(self.total_steps - state.step) * self.config.train.global_batch_size / speed,
         )
@@ -504,7 +505,7 @@ class Meter:
     def __init__(self, terms: int, device: torch.device):
         self.sums = torch.zeros(2, terms, dtype=torch.float64, device=device)
         self.all, self.steady, self.intervals = [0, 0.0], [0, 0.0], 0  # rows, seconds
-        self.replaced_ids = 0
+        self.replaced_ids = self.contradictions = 0
         self.last = time.monotonic()
         self.start_interval()
 
@@ -539,6 +540,7 @@ class Meter:
             if batch is None:
                 return
             self.replaced_ids += batch.replaced_ids
+            self.contradictions += batch.contradictions
             yield batch
 
     def mean_losses(self) -> list[float]:

@@ -180,9 +180,22 @@ def _descent(config: Config) -> list[str]:
         ]
         if space in ("entire", "joint") and (not isinstance(t, BinaryTask) or t.delay):
             out.append(f"task {t.name!r}: space {space} is of probabilities: it needs kind binary without delay, or space: observed")
+        if space in ("entire", "joint"):
+            for name in _before(tasks, t) if space == "entire" else {t.name}:
+                a = tasks[name]
+                if isinstance(a, BinaryTask) and (a.pos_weight != 1.0 or a.focal or (a is t and a.kept_negatives != 1.0)):
+                    out.append(
+                        f"task {t.name!r}: space {space} trains P({t.name} and all before it) by its plain log loss; leave pos_weight, "
+                        f"focal and kept_negatives of {name!r} out, or set space: observed"
+                    )
     if isinstance(config.model, ESMMConfig | ESCM2Config) and not any(config.space(t) == "entire" for t in config.tasks):
         out.append(f"model {config.model.kind}: no task has space entire; name the parents of the conversion task (parents: [click])")
     return out
+
+
+def _before(tasks: dict[str, TaskConfig], task: TaskConfig) -> dict[str, None]:
+    """Names of a task and all before it."""
+    return {task.name: None} | {name: None for p in task.parents for name in _before(tasks, tasks[p])}
 
 
 def _named_by_head(config: Config) -> list[str]:

@@ -42,8 +42,9 @@ def joint_labels(config: Config, labels: Tensor, weights: Tensor) -> tuple[Tenso
     is known not to have happened."""
     y, w = list(labels.unbind(1)), list(weights.unbind(1))
     for t in config.by_descent:
-        for p in (config.task(name) for name in config.tasks[t].parents):
-            never = (w[p] > 0) & (y[p] < 0.5)
-            y[t] = torch.where(never, 0.0, y[t])
-            w[t] = torch.where(never, w[p], torch.where(w[p] > 0, w[t], 0.0))
+        if parents := [config.task(name) for name in config.tasks[t].parents]:
+            known = torch.stack([w[p] for p in parents])
+            never = torch.where(torch.stack([y[p] for p in parents]) < 0.5, known, 0.0).amax(0)  # the row's weight where one did not happen
+            y[t] = torch.where(never > 0, 0.0, y[t])
+            w[t] = torch.where(never > 0, never, torch.where(known.amin(0) > 0, w[t], 0.0))
     return torch.stack(y, dim=1), torch.stack(w, dim=1)
