@@ -1,4 +1,4 @@
-"""Calibration of binary tasks: curves from logits to logits, fitted on rows that were not trained on (docs/models.md)."""
+"""Calibration of binary tasks: curves from logits to logits, fitted on rows that were not trained on (docs/training.md)."""
 
 from __future__ import annotations
 
