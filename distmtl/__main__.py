@@ -196,7 +196,7 @@ def train(a: argparse.Namespace) -> int:
 
 def evaluate(a: argparse.Namespace) -> None:
     from distmtl.evaluation import evaluate as run
-    from distmtl.run_directory import find_checkpoint
+    from distmtl.run_directory import find_checkpoint, saved_calibrations
 
     if a.out and not a.out.absolute().parent.is_dir():
         raise DistmtlError(f"--out {a.out}: its folder does not exist")
@@ -204,6 +204,9 @@ def evaluate(a: argparse.Namespace) -> None:
     metrics = run(str(found.path), a.data)
     if _first_rank():
         print(f"checkpoint {found.path} (step {found.step})")
+        for task, calibration in saved_calibrations(found).items():
+            by = f" by {calibration['slices']}" if calibration["slices"] else ""
+            print(f"task {task}: calibrated, {calibration['kind']}{by}")
         print_metrics(metrics)
         if a.out:
             a.out.write_text(json.dumps(metrics, indent=1) + "\n")

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from distmtl import checkpoint
-from distmtl.config import Config
+from distmtl.batch import Batch
+from distmtl.calibration import NO_SLICE, Calibration, Observed, fit, slices_of
+from distmtl.config import CalibrationConfig, Config
 from distmtl.data.check import check_dataset
 from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.data.reader import Reader
-from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
+from distmtl.distributed.process import Process, gather_arrays, gather_texts, on_first_rank, process_group
 from distmtl.distributed.sharding import shard
 from distmtl.errors import DistmtlError
 from distmtl.metrics import Accumulator
 from distmtl.model.loss import Terms
 from distmtl.model.multitask import MultiTaskModel
 from distmtl.model.normalisation import unseen_domain
-from distmtl.run_directory import checkpoint_config, find_checkpoint
+from distmtl.run_directory import checkpoint_config, find_checkpoint, saved_calibrations
 from distmtl.scores import Scores
 
 
 def evaluate(path: str, data: str | None = None, split: str | None = None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Per-task metrics of a checkpoint, or of a run's best one: split → task → metric → value.
+    """Per-task metrics of a checkpoint, or of a run's best one, calibrated where the run fitted that: split → task → metric → value.
 
     Args:
         path: a run's or a checkpoint's folder.
@@ -47,7 +52,9 @@ def evaluate(path: str, data: str | None = None, split: str | None = None) -> di
         model = MultiTaskModel(config, process.device)
         sharded, _ = shard(nn.ModuleDict({"model": model}), config, process)
         checkpoint.load_weights(found, sharded)
-        return {name: evaluate_split(model, dataset, config, process)[1]}
+        calibrations = on_first_rank(process, lambda: saved_calibrations(found))
+        fitted = {task: Calibration.from_dict(c).to(process.device) for task, c in calibrations.items()}
+        return {name: evaluate_split(model, dataset, config, process, fitted)[1]}
 
 
 def _checked(path: str, config: Config, split: str | None) -> Dataset:
@@ -56,8 +63,11 @@ def _checked(path: str, config: Config, split: str | None) -> Dataset:
     return dataset
 
 
-def evaluate_split(model: nn.Module, dataset: Dataset, config: Config, process: Process) -> tuple[float, dict[str, dict[str, Any]]]:
-    """The joint loss and every task's metrics; all ranks call it and get the same. Changes nothing in the model.
+def evaluate_split(
+    model: nn.Module, dataset: Dataset, config: Config, process: Process, calibrations: Mapping[str, Calibration] | None = None
+) -> tuple[float, dict[str, dict[str, Any]]]:
+    """The joint loss and every task's metrics, these after the `calibrations`; all ranks call it and get the same. Changes nothing
+    in the model.
 
     Args:
         model: Batch → outputs, sharded or not.
@@ -65,8 +75,71 @@ def evaluate_split(model: nn.Module, dataset: Dataset, config: Config, process: 
     Raises:
         DistmtlError: a row that cannot be read, or of a domain that was never trained on, on whatever rank.
     """
-    streams = config.data.num_streams
     collate = Collator(config, oracle=dataset.columns, locate=dataset.locate)
+    terms, scores = Terms(config), Scores(config, collate.oracles, calibrations)
+    metrics = Accumulator(
+        scores.columns, total_rows=dataset.rows, exact_rows=config.evaluation.exact_rows, grouped=config.data.group is not None
+    )
+    sums = torch.zeros(2, len(terms.names), dtype=torch.float64)
+
+    def see(outputs: Tensor, batch: Batch) -> None:
+        errors, weights = terms(outputs, batch)
+        sums.add_(torch.stack([(errors * weights).sum(0), weights.sum(0)]).double().cpu())
+        metrics.update(scores(outputs, batch), batch.groups)
+
+    _run(model, dataset, collate, config, process, see)
+    if process.world_size > 1:
+        sums = sums.to(process.device)
+        dist.all_reduce(sums)
+    means = (sums[0] / sums[1].clamp(min=1e-30)).cpu()
+    loss = float((means * torch.tensor(terms.coefficients)).sum())
+    return loss, metrics.compute()
+
+
+def calibrate(model: nn.Module, dataset: Dataset, config: Config, process: Process) -> tuple[dict[str, Calibration], list[str]]:
+    """Fit every calibration of the config on a data set, on rank 0; all ranks call it and get the same, and what is worth saying.
+
+    Raises:
+        DistmtlError: a row that cannot be read, or a task that cannot be calibrated.
+    """
+    collate, scores = Collator(config, locate=dataset.locate), Scores(config, [])
+    every = -(-dataset.rows // config.evaluation.exact_rows)
+    columns = {c.task: i for i, c in enumerate(scores.columns) if c.task in config.calibrations and not c.prefix}
+    seen: dict[str, list[np.ndarray]] = {task: [] for task in columns}
+
+    def see(outputs: Tensor, batch: Batch) -> None:
+        scored = scores(outputs, batch)
+        for task, c in columns.items():
+            feature = config.calibrations[task].slices
+            slices = slices_of(batch.sparse, feature) if feature else torch.full_like(batch.rows, NO_SLICE)
+            rows = torch.stack([*(v[:, c].double() for v in (scored.scores, scored.labels, scored.weights)), slices.double()])
+            seen[task].append(rows[:, (scored.weights[:, c] > 0) & (batch.rows % every == 0)].cpu().numpy())
+
+    _run(model, dataset, collate, config, process, see)
+    fitted, notes = {}, []
+    for task, calibration in config.calibrations.items():
+        parts = gather_arrays(process, np.concatenate(seen.pop(task), axis=1))
+        saved, said = on_first_rank(process, partial(_fit, task, calibration, parts))
+        fitted[task] = Calibration.from_dict(saved).to(process.device)
+        notes += said
+    return fitted, notes
+
+
+def _fit(task: str, config: CalibrationConfig, parts: list[np.ndarray]) -> tuple[dict[str, Any], list[str]]:
+    logits, labels, weights, slices = np.concatenate(parts, axis=1)
+    fitted, notes = fit(task, config, Observed(logits, labels, weights, slices.astype(np.int64)))
+    return fitted.to_dict(), notes
+
+
+def _run(
+    model: nn.Module, dataset: Dataset, collate: Collator, config: Config, process: Process, see: Callable[[Tensor, Batch], None]
+) -> None:
+    """Show every row and its outputs once, over all ranks, to `see`.
+
+    Raises:
+        DistmtlError: a row that cannot be read, on whatever rank.
+    """
+    streams = config.data.num_streams
     reader = Reader(
         dataset,
         collate,
@@ -78,11 +151,6 @@ def evaluate_split(model: nn.Module, dataset: Dataset, config: Config, process: 
         world_size=process.world_size,
         prefetch=config.data.prefetch,
     )
-    terms, scores = Terms(config), Scores(config, collate.oracles)
-    metrics = Accumulator(
-        scores.columns, total_rows=dataset.rows, exact_rows=config.evaluation.exact_rows, grouped=config.data.group is not None
-    )
-    sums = torch.zeros(2, len(terms.names), dtype=torch.float64)
     error = None
     was_training = model.training
     model.eval()
@@ -90,21 +158,12 @@ def evaluate_split(model: nn.Module, dataset: Dataset, config: Config, process: 
         for batch in reader.batches(0, reader.steps_per_epoch):
             batch = batch.to(process.device)
             error = batch.error or unseen_domain(model, batch, config, dataset.locate)
-            outputs = model(batch)
-            errors, weights = terms(outputs, batch)
-            sums += torch.stack([(errors * weights).sum(0), weights.sum(0)]).double().cpu()
-            metrics.update(scores(outputs, batch), batch.groups)
+            see(model(batch), batch)
             if _anyone(error is not None, process):
                 break
     model.train(was_training)
     if errors := gather_texts(process, error):
         raise DistmtlError("\n".join(errors))
-    if process.world_size > 1:
-        sums = sums.to(process.device)
-        dist.all_reduce(sums)
-    means = (sums[0] / sums[1].clamp(min=1e-30)).cpu()
-    loss = float((means * torch.tensor(terms.coefficients)).sum())
-    return loss, metrics.compute()
 
 
 def _anyone(failed: bool, process: Process) -> bool:

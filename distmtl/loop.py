@@ -7,7 +7,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from torchrec.distributed import DistributedModelParallel, TrainPipelineBase, Tr
 
 from distmtl import checkpoint
 from distmtl.batch import Batch
+from distmtl.calibration import Calibration
 from distmtl.config import Config
 from distmtl.data.check import check_dataset
 from distmtl.data.collate import Collator
@@ -28,13 +29,13 @@ from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
 from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard
 from distmtl.errors import DistmtlError
-from distmtl.evaluation import evaluate_split
+from distmtl.evaluation import calibrate, evaluate_split
 from distmtl.metrics import better, select
 from distmtl.model.loss import StepNumbers
 from distmtl.model.multitask import TrainModel, initialise_dense
 from distmtl.optim import Optimizers
 from distmtl.progress import Progress, Report, print_record
-from distmtl.run_directory import ResumePolicy, changes, is_own, open_run, same_model, write_json
+from distmtl.run_directory import CALIBRATION, ResumePolicy, changes, is_own, open_run, same_model, write_json
 from distmtl.saving import Saver
 from distmtl.stopping import Request, asked, forget, steps_between_looks
 from distmtl.storage import absolute, place, write_whole
@@ -245,13 +246,14 @@ class Training:
             and result["steps"] == self.state.step
             and not result["stopped"]
             and result["metrics"].keys() >= self.splits.keys() - {"train"}
+            and result.get("calibration", {}) == self._calibrations_asked()
         ):
             self.progress.say("note", step=self.state.step, text="this run is complete: its result is in result.json")
             return result
         return None
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate the best checkpoint, write result.json. A stopped run ends without: there may be little time left."""
+        """Calibrate and evaluate the best checkpoint, write result.json. A stopped run ends without: there may be little time left."""
         state, process = self.state, self.process
         if not self.stopped and state.best_step is not None and state.best_step != state.step:
             best_step = state.best_step
@@ -260,11 +262,12 @@ class Training:
             self.progress.say("note", step=state.step, text=f"the best checkpoint, of step {state.best_step}, on all data:")
         metrics = {}
         step = state.best_step or state.step
+        calibrations = {} if self.stopped else self._calibrate(step)
         for split in SPLITS[1:]:
-            if (step, split) in self.measured:
+            if (step, split) in self.measured and not calibrations:
                 metrics[split] = self.measured[step, split]
             elif split in self.splits and not self.stopped:
-                loss, metrics[split] = self._measure(split)
+                loss, metrics[split] = self._measure(split, calibrations)
                 self.progress.say("evaluation", step=step, of=self.total_steps, split=split, loss=loss, metrics=metrics[split])
         result = {
             "run_dir": absolute(self.config.run_dir),
@@ -280,6 +283,7 @@ class Training:
             "skipped": state.skipped,
             "restarts": self.restarts,
             "stopped": self.stopped,
+            "calibration": self._calibrations_asked() if calibrations else {},
             "metrics": metrics,
             "versions": versions(),
             "git": git_commit(),
@@ -383,14 +387,41 @@ class Training:
             forget(self.folder, request)
         return request
 
-    def _measure(self, split: str) -> tuple[float, dict[str, dict[str, Any]]]:
+    def _measure(self, split: str, calibrations: Mapping[str, Calibration] | None = None) -> tuple[float, dict[str, dict[str, Any]]]:
+        with self._alone():
+            return evaluate_split(self.train_model.model, self.splits[split], self.config, self.process, calibrations)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The model without its pipeline: else scores would come from batches in flight."""
         ahead = self.pipeline if isinstance(self.pipeline, TrainPipelineSparseDist) else None
         if ahead:
-            ahead.detach()  # else scores would come from batches in flight
-        measured = evaluate_split(self.train_model.model, self.splits[split], self.config, self.process)
+            ahead.detach()
+        yield
         if ahead:
             ahead.attach(sparse_dist=False)  # left to itself it would send the ids in flight again, and forget how many sequences hold
-        return measured
+
+    def _calibrations_asked(self) -> dict[str, Any]:
+        return {task: c.model_dump(mode="json") for task, c in self.config.calibrations.items()}
+
+    def _calibrate(self, step: int) -> dict[str, Calibration]:
+        """Fit what the config asks for to the model as it is, that of the checkpoint of a step, and keep it beside the checkpoints."""
+        if not self.config.calibrations:
+            if self.process.first:
+                (self.folder / CALIBRATION).unlink(missing_ok=True)  # of a config that asked for one
+            return {}
+        with self._alone():
+            fitted, notes = calibrate(self.train_model.model, self.splits["validation"], self.config, self.process)
+        for note in notes:
+            self.progress.say("note", step=step, text=note)
+
+        def keep() -> None:
+            name = checkpoint.of_step(self.folder / "checkpoints", step).path.name
+            tasks = {task: calibration.to_dict() for task, calibration in fitted.items()}
+            write_json(self.folder / CALIBRATION, {"checkpoint": name, "step": step, "tasks": tasks})
+
+        on_first_rank(self.process, keep)
+        return fitted
 
     def _save(self) -> None:
         """Begin a checkpoint; training goes on as soon as its state is copied."""

@@ -22,10 +22,12 @@ from distmtl.data.hashing import HASH_VERSION
 from distmtl.errors import DistmtlError
 from distmtl.storage import place, write_whole
 
+CALIBRATION = "calibration.json"  # beside the checkpoints
+
 # What may change between the start of a run and its continuation: how it is run, not what it computes.
 FREE = (
     "name", "run.dir", "cluster.*", "evaluation.*", "data.train", "data.validation", "data.test", "data.prefetch",
-    "data.max_contradictions", "tasks.*.true_probability*",
+    "data.max_contradictions", "tasks.*.true_probability*", "tasks.*.calibration*",
     "train.log_every", "train.eval_every", "train.save_*", "train.keep", "train.monitor",
     "train.early_stopping*", "train.profile*", "train.non_finite*", "sharding.types", "sharding.row_wise_above_mb", "tables.*.sharding",
 )  # fmt: skip
@@ -38,7 +40,7 @@ FREE_FROM_WEIGHTS = (
     "name", "model.dropout", "features.*.column", "features.*.out_of_range", "features.*.id_dropout", "features.*.max_length",
     "features.*.too_long",
     "tasks.*.label", "tasks.*.weight", "tasks.*.bias", "tasks.*.true_probability*", "tasks.*.space", "tasks.*.pos_weight", "tasks.*.focal",
-    "tasks.*.kept_negatives",
+    "tasks.*.kept_negatives", "tasks.*.calibration*",
 )  # fmt: skip
 
 
@@ -118,6 +120,13 @@ def find_checkpoint(path: str) -> Checkpoint:
         best = found.manifest["loop"]["best_step"]
         return _readable(found if best is None else checkpoint.of_step(folder / "checkpoints", best))
     return _readable(checkpoint.read(folder))
+
+
+def saved_calibrations(found: Checkpoint) -> dict[str, Any]:
+    """Task → its calibration (Calibration.to_dict), where the checkpoint's run fitted them to this very checkpoint."""
+    file = found.path.parent.parent / CALIBRATION
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return saved["tasks"] if saved.get("checkpoint") == found.path.name else {}
 
 
 def _readable(found: Checkpoint) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distmtl.batch import Batch
+from distmtl.calibration import Calibration, slices_of
 from distmtl.config import BinaryTask, Config, LognormalTask, MulticlassTask, OrdinalTask, TaskConfig
 from distmtl.model.funnel import joint_labels, joint_logit, lineage
 from distmtl.model.kinds import places, prediction
@@ -41,7 +43,7 @@ class Scored:
 class Scores:
     """The columns of a config's tasks:
 
-        binary, as its space says     ""        its corrected logit against its label
+        binary, as its space says     ""        its corrected and calibrated logit against its label
         binary of space entire        joint_    P(it and all before it) against whether all happened, on all impressions
         binary with that column       entire_   its logit against true_probability_entire, on all impressions
         ordinal, multiclass           accuracy; multiclass: logloss
@@ -50,10 +52,11 @@ class Scores:
 
     Args:
         oracle: columns of true probabilities that the data set has.
+        calibrations: of tasks by name.
     """
 
-    def __init__(self, config: Config, oracle: list[str | None]):
-        self.config, self.places = config, places(config)
+    def __init__(self, config: Config, oracle: list[str | None], calibrations: Mapping[str, Calibration] | None = None):
+        self.config, self.places, self.calibrations = config, places(config), calibrations or {}
         self.lineages = [lineage(config, t) for t in range(len(config.tasks))]
         self.entire = [bool(name) for name in oracle[len(config.tasks) :]] or [False] * len(config.tasks)
         self.columns = [c for t, task in enumerate(config.tasks) for c in self._columns(t, task)]
@@ -77,6 +80,10 @@ class Scores:
         joint, joint_weights = joint_labels(self.config, labels, batch.weights)
         z = [outputs[:, place] for place in self.places]
         predicted = [prediction(task, z[t], None if batch.extras is None else batch.extras[:, t]) for t, task in enumerate(tasks)]
+        for name, calibration in self.calibrations.items():
+            t = self.config.task(name)
+            slices = slices_of(batch.sparse, calibration.slices) if calibration.slices else None
+            predicted[t] = calibration(predicted[t], slices)
         oracle = torch.full((len(outputs), 2 * len(tasks)), torch.nan) if batch.oracle is None else batch.oracle
         nothing = oracle.new_full((len(outputs),), torch.nan)
         out: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []

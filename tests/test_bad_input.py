@@ -460,6 +460,20 @@ def test_a_skipped_loss_is_counted_and_leaves_the_weights_finite(folder):
     assert manifest["loop"]["skipped"] == 1
 
 
+def test_conversions_without_a_click_are_counted_and_too_many_refused(folder, refused):
+    raw = config_of(folder, train={"global_batch_size": 64, "log_every": 1})
+    raw["tasks"][1]["parents"] = ["click"]
+    clicks = pq.read_table(folder / "data/train/b.parquet")["click"].to_pylist()
+    never = [i for i, y in enumerate(clicks) if not y]
+    change(folder, "conversion", dict.fromkeys(never[:20], 1))
+    where = f"{folder}/data/train/b.parquet, row {never[0]}"
+    assert f"label 'conversion': 20 of 200 rows have conversion without click, such as {where}; mend the labels" in refused(raw)
+    change(folder, "conversion", dict.fromkeys(never[1:20], 0))
+    config = parse_config(raw)
+    train(config, report=lambda record: None)
+    assert records(config, "train")[-1]["contradictions"] == 1
+
+
 def test_a_learning_rate_that_explodes(folder):
     raw = config_of(folder, optimizer={"dense": {"kind": "sgd", "lr": 1e30}})
     with pytest.raises(

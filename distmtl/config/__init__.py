@@ -50,12 +50,15 @@ from distmtl.config.tables import (
 )
 from distmtl.config.tasks import (
     BinaryTask,
+    CalibrationConfig,
     Delay,
     DelayedFeedback,
     FakeNegativeWeighted,
+    Isotonic,
     LognormalTask,
     MulticlassTask,
     OrdinalTask,
+    Platt,
     QuantileTask,
     RegressionTask,
     Space,

@@ -19,7 +19,8 @@ class DataConfig(Strict):
     weight: str | None = Field(None, description="Column of non-negative sample weights.")
     max_contradictions: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         0.001,
-        description="Share of rows that may contradict themselves, a conversion without its click: left out, and refused above.",
+        description="Share of rows that may contradict themselves, a conversion without its click: left out, and refused where they "
+        "are more than that, allowing for chance.",
     )
     num_streams: PositiveInt = Field(16, description="Equal cuts of an epoch; workers own whole streams, so it bounds their number.")
     shuffle: bool = Field(True, description="Shuffle row groups and rows within windows, anew every epoch.")

@@ -62,6 +62,33 @@ class DelayedFeedback(Strict):
 Delay = Annotated[FakeNegativeWeighted | DelayedFeedback, Field(discriminator="kind")]
 
 
+class Calibrated(Strict):
+    """Fitted on the validation split at the end of a run, when the best checkpoint is known; applied when that one is evaluated.
+
+    Beyond evaluation.exact_rows it is fitted on every k-th row.
+    """
+
+    slices: Name | None = Field(None, description="Id or bucket feature: every value of it that has enough rows gets a fit of its own.")
+    min_rows: PositiveInt = Field(
+        1000, description="Rows that a slice needs; smaller ones, unseen ones and rows without exactly one value use the overall fit."
+    )
+
+
+class Platt(Calibrated):
+    """Platt 1999, without his smoothed targets: the logit z becomes a·z + b, as logistic regression finds them."""
+
+    kind: Literal["platt"]
+
+
+class Isotonic(Calibrated):
+    """Zadrozny and Elkan 2002: the increasing function of the logit that is closest to the labels, lines between its steps."""
+
+    kind: Literal["isotonic"]
+
+
+CalibrationConfig = Annotated[Platt | Isotonic, Field(discriminator="kind")]
+
+
 class BinaryTask(Task):
     """Labels 0 or 1 (or false, true); binary cross-entropy on the logit."""
 
@@ -77,6 +104,7 @@ class BinaryTask(Task):
     focal: NonNegativeFloat = Field(0.0, description="γ of the focal loss (1-p)^γ; not calibrated, so fit a calibration.")
     kept_negatives: Share = Field(1.0, description="Share of the negatives that the training data kept; undone in predictions.")
     delay: Delay | None = Field(None, description="How conversions that arrive late are accounted for.")
+    calibration: CalibrationConfig | None = Field(None, description="What is left of bias, taken out of the logits after training.")
 
     @property
     def outputs(self) -> int:

@@ -42,7 +42,7 @@ from distmtl.config.tables import (
     ShardingConfig,
     TableConfig,
 )
-from distmtl.config.tasks import BinaryTask, Space, TaskConfig
+from distmtl.config.tasks import BinaryTask, CalibrationConfig, Space, TaskConfig
 from distmtl.config.training import (
     ClusterConfig,
     EvaluationConfig,
@@ -130,6 +130,11 @@ class Config(Strict):
         """Table → its rows and columns."""
         return {f.table_name: (f.table_rows, f.dim * self.copies) for f in self.embedded}
 
+    @property
+    def calibrations(self) -> dict[str, CalibrationConfig]:
+        """Task → how it is calibrated, of those that are."""
+        return {t.name: t.calibration for t in self.tasks if isinstance(t, BinaryTask) and t.calibration}
+
     def table_optimizer(self, table: str) -> SgdTable | AdagradTable | RowWiseAdagradTable | AdamTable:
         return getattr(self.tables.get(table), "optimizer", None) or self.optimizer.tables
 
@@ -144,6 +149,7 @@ class Config(Strict):
             *_descent(self),
             *_named_by_head(self),
             *_interaction(self),
+            *_calibrated(self),
             *_sizes(self),
         ]
         if mistakes:
@@ -240,16 +246,16 @@ def _descent(config: Config) -> list[str]:
         if space == "joint":
             out += [
                 f"task {p!r}: with kept_negatives, nothing constant corrects task {t.name!r} of space joint; use entire or observed there"
-                for p in t.parents
-                if isinstance(parent := tasks[p], BinaryTask) and parent.kept_negatives < 1
+                for p in _before(tasks, t)
+                if p != t.name and isinstance(parent := tasks[p], BinaryTask) and parent.kept_negatives < 1
             ]
             if isinstance(t, BinaryTask) and t.true_probability_entire:
                 out.append(f"task {t.name!r}: true_probability_entire is of the task given its parents, which space joint does not predict")
         if space == "entire":
             out += [
                 f"task {p!r}: its focal or pos_weight bends P({p}), which space entire of task {t.name!r} multiplies; leave it out"
-                for p in t.parents
-                if _reweighted(tasks[p])
+                for p in _before(tasks, t)
+                if p != t.name and _reweighted(tasks[p])
             ]
     if isinstance(config.model, ESMMConfig | ESCM2Config) and not any(config.space(t) == "entire" for t in config.tasks):
         out.append(f"model {config.model.kind}: no task has space entire; name the parents of the conversion task (parents: [click])")
@@ -261,6 +267,11 @@ def _descent(config: Config) -> list[str]:
 def _reweighted(task: TaskConfig) -> bool:
     """Whether its loss makes its logit another than that of its labels."""
     return isinstance(task, BinaryTask) and bool(task.focal or task.pos_weight != 1.0)
+
+
+def _before(tasks: dict[str, TaskConfig], task: TaskConfig) -> dict[str, None]:
+    """Names of a task and all before it."""
+    return {task.name: None} | {name: None for p in task.parents for name in _before(tasks, tasks[p])}
 
 
 def _named_by_head(config: Config) -> list[str]:
@@ -294,6 +305,18 @@ def _interaction(config: Config) -> list[str]:
     (usual, _), *_ = Counter(f.dim for f in config.embedded).most_common(1)
     odd = [f"{f.name!r} has {f.dim}" for f in config.embedded if f.dim != usual]
     return [f"interaction dot: embeddings need one dim, but {', '.join(odd)}, and the others {usual}; make them equal"] if odd else []
+
+
+def _calibrated(config: Config) -> list[str]:
+    """What calibrations need and the config lacks."""
+    out, embedded = [], {f.name for f in config.embedded}
+    for task, calibration in config.calibrations.items():
+        if not config.data.validation:
+            out.append(f"task {task!r}: calibration is fitted on the validation split; set data.validation")
+        if calibration.slices and calibration.slices not in embedded:
+            hint = did_you_mean(calibration.slices, embedded)
+            out.append(f"task {task!r}: calibration.slices {calibration.slices!r} is no id or bucket feature{hint}")
+    return out
 
 
 def _sizes(config: Config) -> list[str]:

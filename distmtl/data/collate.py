@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -160,7 +161,8 @@ class Collator:
                 impossible |= (weights[:, p] > 0) & (labels[:, p] < 0.5) | never.get(p, False)
             never[t] = impossible
             wrong = impossible & (weights[:, t] > 0) & (labels[:, t] > 0.5) & isinstance(task, BinaryTask)
-            if wrong.sum() > config.data.max_contradictions * len(labels):
+            expected = config.data.max_contradictions * len(labels)
+            if wrong.sum() > math.ceil(expected + 4 * math.sqrt(expected)):  # these are few rows of many: four deviations for chance
                 raise DistmtlError(
                     f"label {task.column!r}: {wrong.sum()} of {len(labels)} rows have {task.name} without {' and '.join(task.parents)}, "
                     f"such as {at(_first(wrong))}; mend the labels, raise data.max_contradictions ({config.data.max_contradictions:g}) to "
@@ -202,6 +204,11 @@ class Collator:
         for check in checks:
             try:
                 check()
+            except DistmtlError as e:
+                out.append(str(e))
+        if not out:  # what columns say together
+            try:
+                self(table)
             except DistmtlError as e:
                 out.append(str(e))
         return out

@@ -112,3 +112,12 @@ def gather_texts(process: Process, text: str | None) -> list[str]:
     boxes: list[Any] = [None] * process.world_size
     dist.all_gather_object(boxes, text)
     return list(dict.fromkeys(t for t in boxes if t))
+
+
+def gather_arrays(process: Process, mine: R) -> list[R]:
+    """What every rank has, in rank order, on rank 0; nothing on the others."""
+    if process.world_size == 1:
+        return [mine]
+    boxes: list[Any] | None = [None] * process.world_size if process.first else None
+    dist.gather_object(mine, boxes)
+    return boxes or []

@@ -102,7 +102,8 @@ def _binary(task: BinaryTask, z: Tensor, y: Tensor, extra: Tensor | None) -> Ten
         p = logit.detach().sigmoid()
         return error * (1 + p) * torch.where(y > 0.5, 1.0, 1 - p)
     if task.focal:
-        error = error * (1 - (-error).exp()) ** task.focal  # e^-error is the probability of what happened
+        missed = F.logsigmoid(torch.where(y > 0.5, -logit, logit))  # log of the probability of what did not happen; 0^γ has no gradient
+        error = error * (task.focal * missed).exp()
     return error * torch.where(y > 0.5, task.pos_weight, 1.0) if task.pos_weight != 1.0 else error
 
 
