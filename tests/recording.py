@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from distmtl.model.layout import Features
 from distmtl.model.mmoe import MMoE
 
 ROW = {"kind": "numeric", "name": "row", "mean": -1.0}  # becomes row + 1, and 0 in padding; must be the last feature
@@ -34,7 +35,7 @@ class Recorder(torch.nn.Module):
                 self.hog = bytearray(os.urandom(1 << 20) * 300)
             if self._asked_for(RAISE):
                 raise RuntimeError("raised on demand")
-        return self.mmoe(x[:, :-1])
+        return self.mmoe(Features((x[:, :-1],)))
 
     def _asked_for(self, what: str) -> bool:
         file = self.log / f"{what}-{os.getpid()}"
