@@ -144,7 +144,7 @@ class HoMEConfig(Strict):
     kind: Literal["home"]
     groups: tuple[tuple[Name, ...], ...] = Field((), description="Tasks that resemble each other; default: all in one.")
     experts: PositiveInt = Field(2, description="Of all tasks together, of every group and of every task.")
-    expert: Widths = Field((128,), min_length=1)
+    expert: Widths = Field((256, 128), min_length=1)
     feature_rank: PositiveInt = Field(16, description="Rank of the gates on features.")
     momentum: Share = Field(0.01, description="Of the running statistics of the experts' normalisation.")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from distmtl.batch import Batch
 from distmtl.config import Config
@@ -23,7 +24,7 @@ class PartitionedNorm(nn.Module):
 
     Buffers, equal on all ranks: `seen` (P,) rows trained on; `mean`, `variance` (P, D).
 
-    forward: (B, D), domain (B,) or None, real (B,) bool or None for all → (B, D) float32; 0 in padding
+    forward: (B, D), domain (B,) or None, real (B,) bool or None for all → (B, D) float32, nothing meant where not real
     """
 
     def __init__(self, width: int, domains: int = 1, momentum: float = 0.01, eps: float = 1e-5):
@@ -53,30 +54,24 @@ class PartitionedNorm(nn.Module):
 
     def forward(self, z: Tensor, domain: Tensor | None = None, real: Tensor | None = None) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            z = z.to(self.weight.dtype)
-            member = self._member(z, domain, real)
-            mean, variance = self._statistics(z, member) if self.training else (self.mean, self.variance)
-            weight, bias = self.weight, self.bias
+            z, member = z.to(self.weight.dtype), self._member(domain, real)
+            weight, bias = self.weight[None], self.bias[None]
             if self.own_weight is not None:
                 weight, bias = weight * self.own_weight, bias + self.own_bias
-            scale = weight * torch.rsqrt(variance + self.eps)
-            # looked up by a matrix product: the gradient of an index has no fixed order of additions on CUDA
-            return (z - member @ mean) * (member @ scale) + member @ bias.expand_as(mean)
+            if not self.training:
+                scale = weight * torch.rsqrt(self.variance + self.eps)
+                return _affine(z, member, scale, bias - self.mean * scale)
+            out, rows, mean, variance = _Normalise.apply(z, member, weight, bias, self.eps)
+            self._remember(rows, mean, variance)
+            return out
 
-    def _member(self, z: Tensor, domain: Tensor | None, real: Tensor | None) -> Tensor:
-        """(B, P): 1 where a row is of a domain, and no padding."""
-        domain = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device) if domain is None else domain
-        member = domain[:, None] == torch.arange(self.domains, device=z.device)
-        return (member if real is None else member & real[:, None]).to(z.dtype)
-
-    def _statistics(self, z: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance (P, D) of this step's rows on all ranks; 0 where a domain has none."""
-        sums = global_sum(torch.cat([member.sum(0)[:, None], member.T @ z, member.T @ z.square()], dim=1))
-        rows, total, squares = sums.split([1, z.shape[1], z.shape[1]], dim=1)
-        mean = total / rows.clamp(min=1)
-        variance = (squares / rows.clamp(min=1) - mean.square()).clamp(min=0)
-        self._remember(rows.detach(), mean.detach(), variance.detach())
-        return mean, variance
+    def _member(self, domain: Tensor | None, real: Tensor | None) -> Tensor | None:
+        """(B, P): 1 where a row is of a domain, and counts; None: all rows are of one domain, and count."""
+        dtype = self.weight.dtype
+        if domain is None or self.domains == 1:
+            return None if real is None else real[:, None].to(dtype)
+        member = domain[:, None] == torch.arange(self.domains, device=domain.device)
+        return (member if real is None else member & real[:, None]).to(dtype)
 
     @torch.no_grad()
     def _remember(self, rows: Tensor, mean: Tensor, variance: Tensor) -> None:
@@ -89,21 +84,59 @@ class PartitionedNorm(nn.Module):
         self.variance.copy_(torch.where(rows > 1, self.variance.lerp(unbiased, share), self.variance))
 
 
-def global_sum(x: Tensor) -> Tensor:
-    """Sum over all ranks, and so of its gradient: every rank's loss depends on it."""
-    return _GlobalSum.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+def _affine(z: Tensor, member: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+    """z·scaleₚ + shiftₚ: (B, D), (B, P), (P, D), (P, D) → (B, D). One domain's is not looked up."""
+    if member is None or len(scale) == 1:
+        return torch.addcmul(shift, z, scale)
+    # looked up by a matrix product: the gradient of an index has no fixed order of additions on CUDA
+    return torch.addcmul(member @ shift, z, member @ scale)
 
 
-class _GlobalSum(torch.autograd.Function):
+def _sum(x: Tensor, member: Tensor | None) -> Tensor:
+    """Sums of every domain's rows: (B, D), (B, P) → (P, D)"""
+    return x.sum(0, keepdim=True) if member is None else member.T @ x
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalised rows, and of every domain the rows (P, 1), mean and variance (P, D) over all ranks, 0 where it has none.
+
+    One all-reduce of sums forward and one of their gradients backward, since every rank's loss depends on every rank's rows; and few
+    passes over the rows. Arguments: z (B, D), member (B, P), weight, bias (P, D), ε.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
+    def forward(ctx: Any, z: Tensor, member: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+        rows = z.new_full((1, 1), len(z)) if member is None else member.sum(0)[:, None]
+        sums = _over_ranks(torch.cat([rows, _sum(z, member), _sum(z.square(), member)], dim=1))
+        rows, total, squares = sums.split([1, z.shape[1], z.shape[1]], dim=1)
+        mean = total / rows.clamp(min=1)
+        variance = (squares / rows.clamp(min=1) - mean.square()).clamp(min=0)
+        inverse = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(z, member, weight, rows, mean, variance, inverse)
+        ctx.mark_non_differentiable(rows, mean, variance)
+        scale = weight * inverse
+        return _affine(z, member, scale, bias - mean * scale), rows, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
+        z, member, weight, rows, mean, variance, inverse = ctx.saved_tensors
+        of_bias, of_products = _sum(gradient, member), _sum(gradient * z, member)
+        of_weight = inverse * (of_products - mean * of_bias)
+        of_variance = torch.where(variance > 0, -0.5 * weight * inverse.square() * of_weight, 0.0)
+        of_mean = -weight * inverse * of_bias - 2 * mean * of_variance
+        of_total, of_squares = _over_ranks(torch.stack([of_mean, of_variance])) / rows.clamp(min=1)
+        # z reached the output by itself and through both sums; rows that count for nothing did not
+        of_z = gradient * (weight * inverse if len(weight) == 1 else member @ (weight * inverse))
+        through_sums = _affine(z, member, 2 * of_squares, of_total)
+        of_z += through_sums if member is None or len(weight) > 1 else member * through_sums
+        return of_z, None, of_weight, of_bias, None
+
+
+def _over_ranks(x: Tensor) -> Tensor:
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _GlobalSum.forward(ctx, gradient)
+    return x
 
 
 def unseen_domain(model: nn.Module, batch: Batch, config: Config, locate: Callable[[int], str]) -> str | None:
