@@ -55,13 +55,15 @@ class PartitionedNorm(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z = z.to(self.weight.dtype)
             member = self._member(z, domain, real)
-            mean, variance = self._statistics(z, member) if self.training else (self.mean, self.variance)
+            rows, mean = self._means(z, member) if self.training else (None, self.mean)
+            # looked up by a matrix product: the gradient of an index has no fixed order of additions on CUDA
+            centred = z - member @ mean
+            variance = self.variance if rows is None else self._variances(centred, member, rows, mean)
             weight, bias = self.weight, self.bias
             if self.own_weight is not None:
                 weight, bias = weight * self.own_weight, bias + self.own_bias
             scale = weight * torch.rsqrt(variance + self.eps)
-            # looked up by a matrix product: the gradient of an index has no fixed order of additions on CUDA
-            return (z - member @ mean) * (member @ scale) + member @ bias.expand_as(mean)
+            return centred * (member @ scale) + member @ bias.expand_as(mean)
 
     def _member(self, z: Tensor, domain: Tensor | None, real: Tensor | None) -> Tensor:
         """(B, P): 1 where a row is of a domain, and no padding."""
@@ -69,14 +71,16 @@ class PartitionedNorm(nn.Module):
         member = domain[:, None] == torch.arange(self.domains, device=z.device)
         return (member if real is None else member & real[:, None]).to(z.dtype)
 
-    def _statistics(self, z: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance (P, D) of this step's rows on all ranks; 0 where a domain has none."""
-        sums = global_sum(torch.cat([member.sum(0)[:, None], member.T @ z, member.T @ z.square()], dim=1))
-        rows, total, squares = sums.split([1, z.shape[1], z.shape[1]], dim=1)
-        mean = total / rows.clamp(min=1)
-        variance = (squares / rows.clamp(min=1) - mean.square()).clamp(min=0)
+    def _means(self, z: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (P, 1) of this step on all ranks, and their mean (P, D); 0 where a domain has none."""
+        rows, total = global_sum(torch.cat([member.sum(0)[:, None], member.T @ z], dim=1)).split([1, z.shape[1]], dim=1)
+        return rows, total / rows.clamp(min=1)
+
+    def _variances(self, centred: Tensor, member: Tensor, rows: Tensor, mean: Tensor) -> Tensor:
+        """Theirs (P, D), after the means and not along with them: E z² - (E z)² has no digit left where a mean is large."""
+        variance = global_sum(member.T @ centred.square()) / rows.clamp(min=1)
         self._remember(rows.detach(), mean.detach(), variance.detach())
-        return mean, variance
+        return variance
 
     @torch.no_grad()
     def _remember(self, rows: Tensor, mean: Tensor, variance: Tensor) -> None:
