@@ -233,11 +233,7 @@ def _former_name(config: Config, old: Config) -> Any:
         elif (
             vectors[0] != vectors[1]
             and ".head." in name
-            and (
-                ".interaction." in name
-                or (".sharing." in name and config.model.kind in READ_IN_PARTS)
-                or (shape and shape[-1] in widths)
-            )
+            and (".interaction." in name or (".sharing." in name and config.model.kind in READ_IN_PARTS) or (shape and shape[-1] in widths))
         ):
             why = "reads the features, which are others or in another order now"
         return name, why

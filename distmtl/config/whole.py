@@ -251,14 +251,15 @@ def _descent(config: Config) -> list[str]:
         before = [tasks[p] for p in _before(config, t) if p != t.name]
         if space in ("entire", "joint"):
             out += [
-                f"task {p.name!r}: its delay makes a negative of what may yet happen, which space {space} of task {t.name!r} would take for "
-                "final; leave it out, or use observed there"
+                f"task {p.name!r}: its delay makes a negative of what may yet happen, which space {space} of task {t.name!r} would take "
+                "for final; leave it out, or use observed there"
                 for p in before
                 if isinstance(p, BinaryTask) and p.delay
             ]
         if space == "joint":
             out += [
-                f"task {p.name!r}: with kept_negatives, nothing constant corrects task {t.name!r} of space joint; use entire or observed there"
+                f"task {p.name!r}: with kept_negatives, nothing constant corrects task {t.name!r} of space joint; use entire or "
+                "observed there"
                 for p in before
                 if isinstance(p, BinaryTask) and p.kept_negatives < 1
             ]
@@ -266,7 +267,8 @@ def _descent(config: Config) -> list[str]:
                 out.append(f"task {t.name!r}: true_probability_entire is of the task given its parents, which space joint does not predict")
         if space == "entire":
             out += [
-                f"task {p.name!r}: its focal or pos_weight bends P({p.name}), which space entire of task {t.name!r} multiplies; leave it out"
+                f"task {p.name!r}: its focal or pos_weight bends P({p.name}), which space entire of task {t.name!r} multiplies; "
+                "leave it out"
                 for p in before
                 if _reweighted(p)
             ]
