@@ -186,6 +186,11 @@ def test_one_mistake_one_sentence(case):
     assert mistakes(config) == [sentence]
 
 
+def test_star_needs_more_than_its_domain():
+    config = raw() | {"model": {"kind": "star", "domain": "user"}, "features": [{"kind": "id", "name": "user", "rows": 3}]}
+    assert mistakes(config) == ["model star: its main network leaves the domain 'user' out, and there is no other feature; add some"]
+
+
 def test_column_splits_of_all_tables_are_refused_for_each():
     lines = mistakes(put(raw(), "sharding.types", ["column_wise", "grid_shard"]))
     assert [line.split(":")[0] for line in lines] == [f"table {t!r}" for t in ("user", "item", "tags", "city", "x_bucket")]

@@ -298,6 +298,8 @@ def _named_by_head(config: Config) -> list[str]:
         feature = features.get(model.domain)
         if not isinstance(feature, IdFeature):
             out.append(f"model.domain {model.domain!r} is no id feature{did_you_mean(model.domain, features)}")
+        elif len(config.features) == 1:
+            out.append(f"model star: its main network leaves the domain {model.domain!r} out, and there is no other feature; add some")
     if isinstance(model, STEMConfig) and config.interaction:
         out.append("interaction: model stem has embeddings per task, which no interaction crosses; leave it out or choose another model")
     if isinstance(model, PEPNetConfig):
