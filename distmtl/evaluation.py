@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distmtl import checkpoint
 from distmtl.batch import Batch
 from distmtl.calibration import NO_SLICE, Calibration, Observed, fit, slices_of
-from distmtl.config import CalibrationConfig, Config
+from distmtl.config import BinaryTask, CalibrationConfig, Config, FakeNegativeWeighted
 from distmtl.data.check import check_dataset
 from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset, open_dataset
@@ -23,6 +23,7 @@ from distmtl.distributed.process import Process, gather_arrays, gather_texts, on
 from distmtl.distributed.sharding import shard
 from distmtl.errors import DistmtlError
 from distmtl.metrics import Accumulator
+from distmtl.model.kinds import of_all_negatives
 from distmtl.model.loss import Terms
 from distmtl.model.multitask import MultiTaskModel
 from distmtl.model.normalisation import unseen_domain
@@ -76,14 +77,14 @@ def evaluate_split(
         DistmtlError: a row that cannot be read, or of a domain that was never trained on, on whatever rank.
     """
     collate = Collator(config, oracle=dataset.columns, locate=dataset.locate)
-    terms, scores = Terms(config), Scores(config, collate.oracles, calibrations)
+    terms, scores = Terms(as_measured(config)), Scores(config, collate.oracles, calibrations)
     metrics = Accumulator(
         scores.columns, total_rows=dataset.rows, exact_rows=config.evaluation.exact_rows, grouped=config.data.group is not None
     )
     sums = torch.zeros(2, len(terms.names), dtype=torch.float64)
 
     def see(outputs: Tensor, batch: Batch) -> None:
-        errors, weights = terms(outputs, batch)
+        errors, weights = terms(of_all_negatives(config, outputs), batch)
         sums.add_(torch.stack([(errors * weights).sum(0), weights.sum(0)]).double().cpu())
         metrics.update(scores(outputs, batch), batch.groups)
 
@@ -94,6 +95,15 @@ def evaluate_split(
     means = (sums[0] / sums[1].clamp(min=1e-30)).cpu()
     loss = float((means * torch.tensor(terms.coefficients)).sum())
     return loss, metrics.compute()
+
+
+def as_measured(config: Config) -> Config:
+    """With plain cross-entropy for what undoes false negatives of the training data alone: an evaluation set has none (FNW)."""
+    plain = [
+        t.model_copy(update={"delay": None}) if isinstance(t, BinaryTask) and isinstance(t.delay, FakeNegativeWeighted) else t
+        for t in config.tasks
+    ]
+    return config.model_copy(update={"tasks": tuple(plain)})
 
 
 def calibrate(model: nn.Module, dataset: Dataset, config: Config, process: Process) -> tuple[dict[str, Calibration], list[str]]:

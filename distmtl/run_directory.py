@@ -156,9 +156,12 @@ def same_model(config: Config, found: Checkpoint) -> bool:
 def changes(config: Config, found: Checkpoint, train_set: Dataset) -> Changes:
     """What of a checkpoint has another meaning in a changed config, although its name and shape may be the same."""
     old, tables = checkpoint_config(found), {}
+    owners = [[t.name for t in c.tasks] if c.copies > 1 else [] for c in (config, old)]  # of a table's columns
     for feature in config.embedded:
         before = [f for f in old.embedded if f.table_name == feature.table_name]
-        if isinstance(feature, BucketFeature):
+        if before and owners[0] != owners[1]:
+            tables[feature.table_name] = "has its columns dealt to the tasks in another way now"
+        elif isinstance(feature, BucketFeature):
             if before and feature.boundaries not in [getattr(f, "boundaries", None) for f in before]:
                 tables[feature.table_name] = f"is read by {feature.name!r}, whose boundaries are others now"
         elif before and _extra_rows_moved(feature, before[0]):
@@ -192,6 +195,7 @@ def _other_optimizers(config: Config, old: Config) -> dict[str, str]:
     return {t: f"was {then}'s, is {now}'s" for t, (then, now) in kinds.items() if then != now}
 
 
+READ_IN_PARTS = ("home", "star", "pepnet")  # heads with weights as wide as some of the features' columns
 SHARED_BY_ALL = ("shared_bottom", "omoe", "mmoe", "plugin")  # heads whose networks, gates apart, belong to no task
 
 
@@ -199,7 +203,12 @@ def _former_name(config: Config, old: Config) -> Any:
     """For `Changes`: towers and gates go with their task, not with its place in the list; what reads the feature vector, and
     networks that belong to tasks, fit only where those are laid out alike."""
     now, then = ([(t.name, t.kind) for t in c.tasks] for c in (config, old))
-    vectors = [([(f.name, f.dim) for f in c.embedded] + [(f.name, f.columns) for f in c.dense], c.interaction) for c in (config, old)]
+    parts = [[getattr(c.model, key, None) for key in ("domain", "domain_features", "gate_features")] for c in (config, old)]
+    vectors = [
+        ([(f.name, f.dim) for f in c.embedded] + [(f.name, f.columns) for f in c.dense], c.interaction, of)
+        for c, of in zip((config, old), parts, strict=True)
+    ]
+    spaces = [[(t.name, c.space(t)) for t in c.tasks] for c in (config, old)]
     width = sum(columns for _, columns in vectors[0][0])
     widths = {width, width + DotConfig.pairs(len(config.embedded))} if isinstance(config.interaction, DotConfig) else {width}
     dealt = [
@@ -219,7 +228,13 @@ def _former_name(config: Config, old: Config) -> Any:
             name = f"{before}{then.index(task)}{after}"
         if ".sharing." in name and not experts_fit:
             why = "has its experts dealt to the tasks in another way now"
-        elif vectors[0] != vectors[1] and ".head." in name and (".interaction." in name or (shape and shape[-1] in widths)):
+        elif ".imputation." in name and spaces[0] != spaces[1]:
+            why = "imputes the errors of tasks that are others, or in another order, now"
+        elif (
+            vectors[0] != vectors[1]
+            and ".head." in name
+            and (".interaction." in name or (".sharing." in name and config.model.kind in READ_IN_PARTS) or (shape and shape[-1] in widths))
+        ):
             why = "reads the features, which are others or in another order now"
         return name, why
 

@@ -93,11 +93,12 @@ def shrink(config: Config, folder: str) -> tuple[Config, list[str]]:
     if batch > MAX_BATCH:
         batch = max(MAX_BATCH // streams, 1) * streams
         changes.append(f"the global batch has {batch} rows instead of {config.train.global_batch_size}")
-    if getattr(config.model, "dropout", 0.0):
-        changes.append("dropout is off")
     raw = config.model_dump(mode="json")
     raw["features"] = [f.model_dump(mode="json") for f in features]
-    raw["model"] |= {"dropout": 0.0} if "dropout" in raw["model"] else {}
+    for network in (raw["model"], raw["model"].get("network", {})):
+        if network.get("dropout"):
+            network["dropout"] = 0.0
+            changes.append("dropout is off")
     raw["optimizer"]["schedule"] = {"warmup_steps": 0, "decay": "none"}
     raw["train"] |= {
         "global_batch_size": batch,

@@ -128,11 +128,15 @@ def test_what_cannot_be_fitted(change, words):
         fit("click", PLATT, Observed(**{**vars(observed()), **change}))
 
 
+LISTED = [{"kind": "sequence", "name": "seen", "column": "tags", "rows": 20, "dim": 8, "max_length": 5}]
+
+
 @pytest.mark.parametrize(
     ("sections", "calibration", "words"),
     [
         ({"data": {"validation": None}}, {"kind": "platt"}, "calibration is fitted on the validation split; set data.validation"),
         ({}, {"kind": "platt", "slices": "cty"}, "calibration.slices 'cty' is no id or bucket feature; did you mean 'city'?"),
+        ({"features": LISTED}, {"kind": "platt", "slices": "seen"}, "calibration.slices 'seen' is no id or bucket feature"),
         ({}, {"kind": "isotonic", "slices": "image"}, "calibration.slices 'image' is no id or bucket feature"),
     ],
 )

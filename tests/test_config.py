@@ -134,6 +134,26 @@ ONE = {  # place, value → the only mistake
         "joint_auc, joint_gauc, joint_pr_auc, joint_logloss, joint_ne, entire_auc, rmse, mae, accuracy, positive_auc",
     ),
     "monitor of another kind": ("train.monitor", "rating.auc", "train.monitor 'rating.auc': no task it covers has that metric"),
+    "a joint metric of a task that is not joint": (
+        "train.monitor", "click.joint_auc",
+        "train.monitor 'click.joint_auc': joint_ metrics are of tasks of space entire, and no task it covers is one",
+    ),
+    "a metric of an unknown truth": (
+        "train.monitor", "conversion.entire_auc",
+        "train.monitor 'conversion.entire_auc': no task it covers has a true_probability_entire, which entire_auc needs",
+    ),
+    "groups without a column": ("data.group", None, "train.monitor 'gauc': gauc needs data.group, the column of the groups"),
+    "a parent twice": (
+        "tasks.1.parents", ["click", "click"], "task 'conversion': parent 'click' is listed 2 times; once is enough",
+    ),
+    "SNIPS of DR": (
+        "model", {"kind": "escm2", "method": "dr", "self_normalised": True},
+        "model: self_normalised is of method ipw alone; leave it out, or choose ipw",
+    ),
+    "thinned and delayed": (
+        "tasks.0", {"kind": "binary", "name": "click", "kept_negatives": 0.1, "delay": {"kind": "fnw"}},
+        "task 'click': with delay no constant undoes kept_negatives, since negatives may yet turn; leave one out",
+    ),
     "nothing to watch": ("data.validation", None, "train.early_stopping needs data.validation: there is nothing to watch"),
     "workers": (
         "cluster.workers", 9, "cluster.workers 9 exceeds data.num_streams 8: a worker owns at least one stream; raise num_streams",
@@ -160,8 +180,15 @@ def test_one_mistake_one_sentence(case):
     config = raw()
     if case == "nothing to watch":
         config["train"]["early_stopping"] = {}
+    if case == "groups without a column":
+        config["train"]["monitor"] = "gauc"
     config = config | {place: value} if isinstance(place, int) else put(config, place, value)
     assert mistakes(config) == [sentence]
+
+
+def test_star_needs_more_than_its_domain():
+    config = raw() | {"model": {"kind": "star", "domain": "user"}, "features": [{"kind": "id", "name": "user", "rows": 3}]}
+    assert mistakes(config) == ["model star: its main network leaves the domain 'user' out, and there is no other feature; add some"]
 
 
 def test_column_splits_of_all_tables_are_refused_for_each():

@@ -178,6 +178,17 @@ def test_few_rows_leave_running_statistics_sound():
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
 
 
+@pytest.mark.parametrize("far", [1e2, 1e3, 1e4])
+def test_a_mean_that_is_large_beside_the_deviation(far):
+    """A year, a time stamp, a price: float32's squares of such numbers have lost what they differ by."""
+    norm, z, domain = PartitionedNorm(3, 2), far + torch.randn(4096, 3), torch.arange(4096) % 2
+    expected = torch.empty_like(z)
+    for p in range(2):
+        mine = domain == p
+        expected[mine] = nn.functional.batch_norm(z[mine].double(), None, None, training=True).float()
+    torch.testing.assert_close(norm(z, domain), expected, rtol=0, atol=1e-5 * far)
+
+
 def test_statistics_are_in_full_precision_under_autocast():
     norm, z, domain = PartitionedNorm(8, 3), 1 + torch.randn(64, 8), torch.randint(0, 3, (64,))
     expected = norm(z, domain)

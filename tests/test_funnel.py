@@ -95,8 +95,9 @@ class TestLineage:
             ({"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}, {}, [[0], [0, 1], [0, 2], [0, 1, 2, 3]]),
             ({"a": [], "b": ["a"], "c": ["b"]}, {"b": {"space": "joint"}}, [[0], [1], [1, 2]]),
             ({"a": [], "b": ["a"], "c": ["b"]}, {"b": {"space": "observed"}}, [[0], [0, 1], [0, 1, 2]]),
+            ({"a": [], "b": ["a"], "c": ["b"]}, {"b": {"space": "labelled"}}, [[0], [1], [1, 2]]),
         ],
-        ids=["chain", "children first", "each but once", "joint already", "trained where observed"],
+        ids=["chain", "children first", "each but once", "joint already", "trained where observed", "conditional on nothing"],
     )
     def test_by_hand(self, parents, of_tasks, expected):
         built = config({"kind": "esmm"}, parents, **of_tasks)
@@ -121,6 +122,12 @@ class TestJointLabels:
                 expected.append(1.0 if settled is None else settled)
             assert found[i] == pytest.approx(expected, nan_ok=True)
             assert weights[i].tolist() == [0.0 if math.isnan(y) else i + 1.0 for y in expected], "a row keeps its weight"
+
+    def test_a_parent_of_space_labelled_keeps_its_own(self):
+        """What comes before it, of any kind, is not what it is conditional on."""
+        parents = {"a": [], "b": ["a"], "c": ["b"]}
+        built = config({"kind": "esmm"}, parents, b={"space": "labelled"}, a={"kind": "regression"})
+        assert self.labels(built, [[0.0, 1.0, 1.0], [0.0, 0.0, UNKNOWN]])[0] == [[0, 1, 1], [0, 0, 0]]
 
     @pytest.mark.parametrize("first", ["a", "b"])
     def test_of_two_parents_in_either_order(self, first):
@@ -262,6 +269,7 @@ def test_a_batch_of_one_row(model):
         ),
         ("conversion", {"focal": 2.0}, "task 'conversion': space entire is of probabilities: it needs kind binary without delay, focal"),
         ("click", {"pos_weight": 2.0}, "task 'click': its focal or pos_weight bends P(click), which space entire of task 'conversion'"),
+        ("click", {"delay": {"kind": "fnw"}}, "task 'click': its delay makes a negative of what may yet happen, which space entire of"),
     ],
 )
 def test_a_product_of_bent_probabilities_is_refused(task, field, sentence):

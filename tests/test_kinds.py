@@ -21,10 +21,11 @@ from distmtl.config_file import parse_config
 from distmtl.data.collate import ROW, Collator
 from distmtl.data.rows import batch_of
 from distmtl.errors import DistmtlError
+from distmtl.evaluation import as_measured
 from distmtl.metrics import Accumulator
 from distmtl.model.experts import Thresholds
 from distmtl.model.funnel import joint_labels
-from distmtl.model.kinds import logit_shift, output_layer, prediction, row_loss
+from distmtl.model.kinds import logit_shift, of_all_negatives, output_layer, prediction, row_loss
 from distmtl.model.loss import JointLoss, Terms
 from distmtl.scores import Scored, Scores
 
@@ -184,6 +185,20 @@ def test_the_shift_gives_back_the_true_rate(fields):
     kept = int(2000 * task.kept_negatives)
     y = torch.cat([torch.ones(100), torch.zeros(kept)]).double()
     assert sigmoid(minimiser(mean_loss(task, y)) + logit_shift(task)) == pytest.approx(100 / 2100, rel=1e-9)
+
+
+@pytest.mark.parametrize("fields", [{"kept_negatives": 0.1}, {"delay": {"kind": "fnw"}}], ids=["thinned", "FNW"])
+def test_the_loss_of_evaluation_is_least_at_the_true_rate(fields):
+    """Validation data is neither thinned nor full of early negatives: what chooses the best checkpoint must not punish the true rate."""
+    config = config_of({"name": "t", **fields}, **NO_WEIGHT)
+    terms, y = Terms(as_measured(config)), torch.tensor([[1.0]] * 100 + [[0.0]] * 900)
+    batch = batch_with(y, torch.ones(1000, 1))
+
+    def loss(z):
+        return terms(of_all_negatives(config, z.expand(1000, 1)), batch)[0].mean()
+
+    z = minimiser(loss)
+    assert prediction(config.tasks[0], torch.tensor([[z]]), None).sigmoid().item() == pytest.approx(0.1, abs=1e-5)
 
 
 def test_focal_loss_is_not_calibrated():

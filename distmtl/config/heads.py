@@ -107,6 +107,12 @@ class ESCM2Config(Strict):
     max_weight: PositiveFloat = Field(50.0, description="Cap of 1/propensity.")
     self_normalised: bool = Field(False, description="IPW: divide by the sum of the weights instead of the rows (SNIPS).")
 
+    @model_validator(mode="after")
+    def _normalised_weights(self):
+        if self.self_normalised and self.method == "dr":
+            raise ValueError("self_normalised is of method ipw alone; leave it out, or choose ipw")
+        return self
+
 
 class AITMConfig(Strict):
     """Xi et al. 2021: a task attends to what its parents pass on. Its tasks with parents have space joint."""

@@ -118,6 +118,10 @@ class BinaryTask(Task):
     def _one_loss(self):
         if self.delay and (self.focal or self.pos_weight != 1.0):
             raise ValueError(f"task {self.name!r}: delay is a loss of its own; leave focal and pos_weight out")
+        if self.delay and self.kept_negatives < 1:
+            raise ValueError(
+                f"task {self.name!r}: with delay no constant undoes kept_negatives, since negatives may yet turn; leave one out"
+            )
         return self
 
 

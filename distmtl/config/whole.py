@@ -119,6 +119,10 @@ class Config(Strict):
         implied: dict[str, Space] = {"esmm": "entire", "escm2": "entire", "aitm": "joint"}
         return implied.get(self.model.kind, "observed")
 
+    def conditions(self, task: TaskConfig) -> tuple[str, ...]:
+        """The parents that must have happened: none in space labelled, where they only pass something on."""
+        return () if self.space(task) == "labelled" else task.parents
+
     @property
     def by_descent(self) -> list[int]:
         """Places of the tasks, parents before their children."""
@@ -221,6 +225,7 @@ def _descent(config: Config) -> list[str]:
     out = []
     for t in config.tasks:
         out += [f"task {t.name!r}: no task {p!r} to be its parent{did_you_mean(p, tasks)}" for p in t.parents if p not in tasks]
+        out += [f"task {t.name!r}: parent {p!r} is listed {n} times; once is enough" for p, n in Counter(t.parents).items() if n > 1]
         if t.space in ("observed", "entire", "joint") and not t.parents:
             out.append(f"task {t.name!r}: space {t.space} is about its parents, and it has none; name them in parents")
     if out:
@@ -243,19 +248,29 @@ def _descent(config: Config) -> list[str]:
                 f"task {t.name!r}: space {space} is of probabilities: it needs kind binary without delay, focal, pos_weight and "
                 "kept_negatives, or space: observed"
             )
+        before = [tasks[p] for p in _before(config, t) if p != t.name]
+        if space in ("entire", "joint"):
+            out += [
+                f"task {p.name!r}: its delay makes a negative of what may yet happen, which space {space} of task {t.name!r} would take "
+                "for final; leave it out, or use observed there"
+                for p in before
+                if isinstance(p, BinaryTask) and p.delay
+            ]
         if space == "joint":
             out += [
-                f"task {p!r}: with kept_negatives, nothing constant corrects task {t.name!r} of space joint; use entire or observed there"
-                for p in _before(tasks, t)
-                if p != t.name and isinstance(parent := tasks[p], BinaryTask) and parent.kept_negatives < 1
+                f"task {p.name!r}: with kept_negatives, nothing constant corrects task {t.name!r} of space joint; use entire or "
+                "observed there"
+                for p in before
+                if isinstance(p, BinaryTask) and p.kept_negatives < 1
             ]
             if isinstance(t, BinaryTask) and t.true_probability_entire:
                 out.append(f"task {t.name!r}: true_probability_entire is of the task given its parents, which space joint does not predict")
         if space == "entire":
             out += [
-                f"task {p!r}: its focal or pos_weight bends P({p}), which space entire of task {t.name!r} multiplies; leave it out"
-                for p in _before(tasks, t)
-                if p != t.name and _reweighted(tasks[p])
+                f"task {p.name!r}: its focal or pos_weight bends P({p.name}), which space entire of task {t.name!r} multiplies; "
+                "leave it out"
+                for p in before
+                if _reweighted(p)
             ]
     if isinstance(config.model, ESMMConfig | ESCM2Config) and not any(config.space(t) == "entire" for t in config.tasks):
         out.append(f"model {config.model.kind}: no task has space entire; name the parents of the conversion task (parents: [click])")
@@ -269,9 +284,10 @@ def _reweighted(task: TaskConfig) -> bool:
     return isinstance(task, BinaryTask) and bool(task.focal or task.pos_weight != 1.0)
 
 
-def _before(tasks: dict[str, TaskConfig], task: TaskConfig) -> dict[str, None]:
-    """Names of a task and all before it."""
-    return {task.name: None} | {name: None for p in task.parents for name in _before(tasks, tasks[p])}
+def _before(config: Config, task: TaskConfig) -> dict[str, None]:
+    """Names of a task and all that must have happened before it."""
+    parents = [config.tasks[config.task(p)] for p in config.conditions(task)]
+    return {task.name: None} | {name: None for p in parents for name in _before(config, p)}
 
 
 def _named_by_head(config: Config) -> list[str]:
@@ -282,6 +298,8 @@ def _named_by_head(config: Config) -> list[str]:
         feature = features.get(model.domain)
         if not isinstance(feature, IdFeature):
             out.append(f"model.domain {model.domain!r} is no id feature{did_you_mean(model.domain, features)}")
+        elif len(config.features) == 1:
+            out.append(f"model star: its main network leaves the domain {model.domain!r} out, and there is no other feature; add some")
     if isinstance(model, STEMConfig) and config.interaction:
         out.append("interaction: model stem has embeddings per task, which no interaction crosses; leave it out or choose another model")
     if isinstance(model, PEPNetConfig):
@@ -309,12 +327,12 @@ def _interaction(config: Config) -> list[str]:
 
 def _calibrated(config: Config) -> list[str]:
     """What calibrations need and the config lacks."""
-    out, embedded = [], {f.name for f in config.embedded}
+    out, sliced = [], {f.name for f in config.embedded if not isinstance(f, SequenceFeature)}
     for task, calibration in config.calibrations.items():
         if not config.data.validation:
             out.append(f"task {task!r}: calibration is fitted on the validation split; set data.validation")
-        if calibration.slices and calibration.slices not in embedded:
-            hint = did_you_mean(calibration.slices, embedded)
+        if calibration.slices and calibration.slices not in sliced:
+            hint = did_you_mean(calibration.slices, sliced)
             out.append(f"task {task!r}: calibration.slices {calibration.slices!r} is no id or bucket feature{hint}")
     return out
 
@@ -340,4 +358,10 @@ def _sizes(config: Config) -> list[str]:
         out.append(f"train.monitor {config.train.monitor!r}: {metric!r} is not one of {', '.join(MONITORS)}")
     elif metric != "loss" and covered and not any(metric in t.metrics for t in covered):
         out.append(f"train.monitor {config.train.monitor!r}: no task it covers has that metric")
+    elif metric.endswith("gauc") and not config.data.group:
+        out.append(f"train.monitor {config.train.monitor!r}: gauc needs data.group, the column of the groups")
+    elif metric.startswith("joint_") and not any(config.space(t) == "entire" for t in covered):
+        out.append(f"train.monitor {config.train.monitor!r}: joint_ metrics are of tasks of space entire, and no task it covers is one")
+    elif metric.startswith("entire_") and not any(getattr(t, "true_probability_entire", None) for t in covered):
+        out.append(f"train.monitor {config.train.monitor!r}: no task it covers has a true_probability_entire, which entire_auc needs")
     return out

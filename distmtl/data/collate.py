@@ -153,7 +153,7 @@ class Collator:
         never: dict[int, np.ndarray] = {}
         for t in config.by_descent:
             task = config.tasks[t]
-            parents = [config.task(p) for p in task.parents] if config.space(task) != "labelled" else []
+            parents = [config.task(p) for p in config.conditions(task)]
             if not parents:
                 continue
             impossible = np.zeros(len(labels), dtype=bool)

@@ -16,10 +16,11 @@ TINY = 1e-30  # below it log(expm1(s)) is log(s) in float32 anyway
 
 
 def lineage(config: Config, t: int) -> list[int]:
-    """A task and all before it whose outputs multiply to the joint probability; a task of space joint has it already."""
+    """A task and all before it whose outputs multiply to the joint probability; a task of space joint has it already, and one of
+    space labelled is not conditional on its parents."""
     found, task = {t}, config.tasks[t]
     if config.space(task) != "joint":
-        for parent in task.parents:
+        for parent in config.conditions(task):
             found.update(lineage(config, config.task(parent)))
     return sorted(found)
 
@@ -42,7 +43,7 @@ def joint_labels(config: Config, labels: Tensor, weights: Tensor) -> tuple[Tenso
     parent is known not to have happened."""
     y, w = list(labels.unbind(1)), list(weights.unbind(1))
     for t in config.by_descent:
-        parents = [config.task(name) for name in config.tasks[t].parents]
+        parents = [config.task(name) for name in config.conditions(config.tasks[t])]
         if not parents:
             continue
         of_parents = torch.stack([w[p] for p in parents])

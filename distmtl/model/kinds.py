@@ -88,6 +88,15 @@ def logit_shift(task: BinaryTask) -> float:
     return math.log(task.kept_negatives) - math.log(task.pos_weight)
 
 
+def of_all_negatives(config: Config, outputs: Tensor) -> Tensor:
+    """Outputs (B, O) with their logits moved from the odds of thinned data (kept_negatives) to those of all, which evaluation sees."""
+    shift = outputs.new_zeros(outputs.shape[1])
+    for task, place in zip(config.tasks, places(config), strict=True):
+        if isinstance(task, BinaryTask):
+            shift[place.start] = math.log(task.kept_negatives)
+    return outputs + shift
+
+
 def _binary(task: BinaryTask, z: Tensor, y: Tensor, extra: Tensor | None) -> Tensor:
     logit = z[:, 0]
     if isinstance(task.delay, DelayedFeedback):

@@ -59,8 +59,7 @@ class PartitionedNorm(nn.Module):
             if self.own_weight is not None:
                 weight, bias = weight * self.own_weight, bias + self.own_bias
             if not self.training:
-                scale = weight * torch.rsqrt(self.variance + self.eps)
-                return _affine(z, member, scale, bias - self.mean * scale)
+                return _affine(z - _look_up(self.mean, member), member, weight * torch.rsqrt(self.variance + self.eps), bias)
             out, rows, mean, variance = _Normalise.apply(z, member, weight, bias, self.eps)
             self._remember(rows, mean, variance)
             return out
@@ -84,12 +83,15 @@ class PartitionedNorm(nn.Module):
         self.variance.copy_(torch.where(rows > 1, self.variance.lerp(unbiased, share), self.variance))
 
 
-def _affine(z: Tensor, member: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
-    """z·scaleₚ + shiftₚ: (B, D), (B, P), (P, D), (P, D) → (B, D). One domain's is not looked up."""
-    if member is None or len(scale) == 1:
-        return torch.addcmul(shift, z, scale)
-    # looked up by a matrix product: the gradient of an index has no fixed order of additions on CUDA
-    return torch.addcmul(member @ shift, z, member @ scale)
+def _look_up(of_domains: Tensor, member: Tensor | None) -> Tensor:
+    """Every row's: (P, D), (B, P) → (B, D), or (1, D) of a single domain. By a matrix product: the gradient of an index has no fixed order
+    of additions on CUDA."""
+    return of_domains if member is None or len(of_domains) == 1 else member @ of_domains
+
+
+def _affine(x: Tensor, member: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+    """x·scaleₚ + shiftₚ: (B, D), (B, P), (P, D), (P, D) → (B, D)"""
+    return torch.addcmul(_look_up(shift, member), x, _look_up(scale, member))
 
 
 def _sum(x: Tensor, member: Tensor | None) -> Tensor:
@@ -100,37 +102,33 @@ def _sum(x: Tensor, member: Tensor | None) -> Tensor:
 class _Normalise(torch.autograd.Function):
     """Normalised rows, and of every domain the rows (P, 1), mean and variance (P, D) over all ranks, 0 where it has none.
 
-    One all-reduce of sums forward and one of their gradients backward, since every rank's loss depends on every rank's rows; and few
-    passes over the rows. Arguments: z (B, D), member (B, P), weight, bias (P, D), ε.
+    Variances are of centred rows, after the means: E z² - (E z)² has no digit left where a mean is large. Every rank's loss depends on
+    every rank's rows, so the gradient's sums go over the ranks too. Arguments: z (B, D), member (B, P), weight, bias (P, D), ε.
     """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, member: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
         rows = z.new_full((1, 1), len(z)) if member is None else member.sum(0)[:, None]
-        sums = _over_ranks(torch.cat([rows, _sum(z, member), _sum(z.square(), member)], dim=1))
-        rows, total, squares = sums.split([1, z.shape[1], z.shape[1]], dim=1)
-        mean = total / rows.clamp(min=1)
-        variance = (squares / rows.clamp(min=1) - mean.square()).clamp(min=0)
+        rows, mean = _over_ranks(torch.cat([rows, _sum(z, member)], dim=1)).split([1, z.shape[1]], dim=1)
+        mean = mean / rows.clamp(min=1)
+        centred = z - _look_up(mean, member)
+        variance = _over_ranks(_sum(centred.square(), member)) / rows.clamp(min=1)
         inverse = torch.rsqrt(variance + eps)
-        ctx.save_for_backward(z, member, weight, rows, mean, variance, inverse)
+        ctx.save_for_backward(centred, member, weight, rows, inverse)
         ctx.mark_non_differentiable(rows, mean, variance)
-        scale = weight * inverse
-        return _affine(z, member, scale, bias - mean * scale), rows, mean, variance
+        return _affine(centred, member, weight * inverse, bias), rows, mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
-        z, member, weight, rows, mean, variance, inverse = ctx.saved_tensors
-        of_bias, of_products = _sum(gradient, member), _sum(gradient * z, member)
-        of_weight = inverse * (of_products - mean * of_bias)
-        of_variance = torch.where(variance > 0, -0.5 * weight * inverse.square() * of_weight, 0.0)
-        of_mean = -weight * inverse * of_bias - 2 * mean * of_variance
-        of_total, of_squares = _over_ranks(torch.stack([of_mean, of_variance])) / rows.clamp(min=1)
-        # z reached the output by itself and through both sums; rows that count for nothing did not
-        of_z = gradient * (weight * inverse if len(weight) == 1 else member @ (weight * inverse))
-        through_sums = _affine(z, member, 2 * of_squares, of_total)
-        of_z += through_sums if member is None or len(weight) > 1 else member * through_sums
-        return of_z, None, of_weight, of_bias, None
+        centred, member, weight, rows, inverse = ctx.saved_tensors
+        of_bias, products = _sum(gradient, member), _sum(gradient * centred, member)
+        mean, mean_product = _over_ranks(torch.stack([of_bias, products])) / rows.clamp(min=1)
+        scale = weight * inverse
+        through_statistics = _affine(centred, member, -scale * inverse.square() * mean_product, -scale * mean)
+        if member is not None and len(weight) == 1:
+            through_statistics *= member  # rows that count for nothing are in no statistics
+        return through_statistics.addcmul_(gradient, _look_up(scale, member)), None, inverse * products, of_bias, None
 
 
 def _over_ranks(x: Tensor) -> Tensor:

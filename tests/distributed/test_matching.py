@@ -20,6 +20,7 @@ from distmtl.run_directory import changes, open_run
 
 TABLE, STATE = "tables/model.embeddings.embedding_bags.{}.weight", "tables_optimizer/model.embeddings.embedding_bags.{}.weight/{}.momentum1"
 SAVED = 6
+PEPNET = {"kind": "pepnet", "domain_features": ["domain"]}
 
 
 def raw(data, run, sharding="row_wise", **sections):
@@ -262,3 +263,34 @@ def test_dense_parameters_whose_shape_says_too_little(tiny_data, tmp_path):
     dealt = tuple({"model": {"kind": "cgc", "shared_experts": s, "task_experts": t}} for s, t in ((3, 1), (0, 2)))  # six experts each
     assert former(tiny_data, tmp_path, *dealt, "sharing.levels.0.experts.biases.0", [6, 256])[1].startswith("has its experts dealt")
     assert former(tiny_data, tmp_path, *dealt, "towers.1.output.bias", [1]) == ("model.head.towers.1.output.bias", "")
+
+
+def test_heads_that_read_the_features_in_parts(tiny_data, tmp_path):
+    """Weights that are not as wide as the feature vector mean something else all the same."""
+    domain = {"kind": "id", "name": "domain", "rows": 3, "dim": 8}
+    star, gates = {"kind": "star", "domain": "domain"}, ({**PEPNET, "gate_features": g} for g in (["user", "city"], ["city", "user"]))
+    swapped = {"features": [USER, CITY, domain], "model": star}, {"features": [CITY, USER, domain], "model": star}
+    assert former(tiny_data, tmp_path, *swapped, "sharing.bottom.0.weight", [256, 16])[1].startswith("reads the features")
+    assert former(tiny_data, tmp_path, *swapped, "towers.1.output.bias", [1])[1] == ""
+    features = {"features": [USER, CITY, domain]}
+    then, now = ({**features, "model": model} for model in gates)
+    assert former(tiny_data, tmp_path, then, now, "sharing.ppnet.first.weight", [64, 40])[1].startswith("reads the features")
+    assert former(tiny_data, tmp_path, then, then, "sharing.ppnet.first.weight", [64, 40])[1] == ""
+
+
+def test_what_belongs_to_tasks_by_their_place(tiny_data, tmp_path):
+    """Columns of STEM's tables, and the imputations of ESCM²."""
+    click, conversion, rating = tiny.raw(tiny_data, tmp_path)["tasks"]
+    stem = {"model": {"kind": "stem"}, "features": [USER]}
+    then, now = ({**stem, "tasks": tasks} for tasks in ([click, conversion, rating], [rating, click, conversion]))
+    for other, expected in ((now, ["user"]), (then, [])):
+        old, new = tiny.config(tiny_data, tmp_path, **then), tiny.config(tiny_data, tmp_path, **other)
+        found = changes(new, Checkpoint(tmp_path, {"config": old.model_dump(mode="json")}), open_dataset(new.data.train))
+        assert list(found.tables) == expected
+    conversion, like = conversion | {"parents": ["click"]}, {"kind": "binary", "name": "like", "label": "x", "parents": ["click"]}
+    then, now = (
+        {"model": {"kind": "escm2", "method": "dr"}, "features": [USER], "tasks": t}
+        for t in ([click, conversion], [click, like, conversion])
+    )
+    assert former(tiny_data, tmp_path, then, now, "imputation.0.output.bias", [1])[1].startswith("imputes the errors of tasks")
+    assert former(tiny_data, tmp_path, then, then, "imputation.0.output.bias", [1])[1] == ""

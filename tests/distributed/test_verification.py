@@ -4,7 +4,7 @@ import tiny
 
 from distmtl import verification
 from distmtl.__main__ import main
-from distmtl.config_file import dump_config
+from distmtl.config_file import dump_config, parse_config
 
 
 def write(path, config):
@@ -33,3 +33,11 @@ def test_verify_fails_when_ranks_do_not_share_their_gradients(tiny_data, tmp_pat
     monkeypatch.setattr("distmtl.optim.Optimizers.step", lambda self: self.dense.step())
     assert main(["verify", write(tmp_path / "c.yaml", tiny.config(tiny_data, tmp_path / "run"))]) == 1
     assert "FAIL 2 workers agree" in capsys.readouterr().out
+
+
+def test_dropout_is_off_in_what_an_entire_space_head_is_built_on(tiny_data, tmp_path):
+    """Else 1 and 2 workers would drop other columns, and differ."""
+    raw = tiny.raw(tiny_data, tmp_path / "run", model={"kind": "esmm", "network": {"kind": "mmoe", "dropout": 0.3}})
+    raw["tasks"][1]["parents"] = ["click"]
+    small, changes = verification.shrink(parse_config(raw), str(tmp_path))
+    assert small.model.network.dropout == 0 and "dropout is off" in changes

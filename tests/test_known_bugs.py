@@ -1,0 +1,148 @@
+"""Bugs of popular multi-task code, shown not to be ours: those that no other test covers. Snapshots of 2022 to 2026.
+
+Tested elsewhere:
+    torch-rechub ESMM, width of a tower from the first feature's dim    distributed/test_head_contract.py (esmm on dims 8 and 4)
+    DeepCTR-Torch PLE, as many shared experts as specific ones          test_heads.py, TestContract (cgc-2-1, cgc-0-2, ple-2-2-0)
+    DeepCTR-Torch, MTReclib PLE, shared gate of the last level          test_heads.py, test_ple_by_hand
+    STEM's baseline PLE, shared gate that sees shared experts only      test_heads.py, test_ple_by_hand
+    DeepCTR-Torch ESMM, one bias for both heads                         test_funnel.py, test_every_tower_has_a_bias_of_its_own
+    DeepCTR-Torch, initial weights of one deviation (1e-4)              test_heads.py, test_an_expert_is_initialised_by_its_own_fan_in
+    DeepCTR-Torch MMoE, PLE, squeeze of a batch of one row              test_heads.py, test_funnel.py; the other heads here
+    AITM without its calibrator (MTReclib, torch-rechub)                test_task_heads.py, test_calibrator_by_hand
+    ESCM² ports, propensity with gradient, mean before weighting        test_funnel.py, test_a_propensity_is_not_taught_…,
+                                                                        test_inverse_propensity_weighting_by_hand
+    TorchEasyRec DBMTL, parents must be listed first                    test_task_heads.py, test_children_may_be_listed_before_…
+
+Those of loss weighting (GradNorm, uncertainty, RLW, PCGrad, FAMO, Pareto) have no code here that could have them: weights are static.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from by_hand import batch_of
+from worlds import run_world
+
+from distmtl.config import Config
+from distmtl.config_file import parse_config
+from distmtl.data.collate import ROW, Collator
+from distmtl.data.rows import batch_of as batch_of_rows
+from distmtl.model.experts import Gate
+from distmtl.model.head import Head
+from distmtl.model.layout import Features, Layout
+from distmtl.model.loss import JointLoss
+from distmtl.model.multitask import initialise_dense
+from distmtl.scores import Scores
+
+HEADS: dict[str, dict[str, Any]] = {
+    "single_task": {},
+    "shared_bottom": {},
+    "omoe": {},
+    "mmoe": {},
+    "cgc": {},
+    "ple": {},
+    "esmm": {"network": {"kind": "mmoe"}},
+    "escm2": {"network": {"kind": "ple"}},
+    "aitm": {},
+    "dbmtl": {},
+    "stem": {},
+    "home": {},
+    "star": {"domain": "domain"},
+    "pepnet": {"domain_features": ["domain"], "gate_features": ["user", "item"]},
+}
+NORMALISED = ("home", "star")  # over the batch, as their papers say
+
+
+def head_of(kind: str) -> tuple[Head, int, int]:
+    """A head whose gates are open to different degrees, the width and number of its feature vectors."""
+    raw = tiny.raw(Path(), Path(), model={"kind": kind, **HEADS[kind]})
+    raw["features"].append({"kind": "id", "name": "domain", "rows": 3, "dim": 4})
+    raw["tasks"][1]["parents"] = ["click"]
+    config = parse_config(raw)
+    layout = Layout.of(config)
+    head = Head(config, layout)
+    initialise_dense(head, 0)
+    with torch.no_grad():
+        for gate in (m for m in head.modules() if isinstance(m, Gate)):
+            torch.nn.init.normal_(gate.weight)
+    return head, layout.width, config.copies
+
+
+@pytest.mark.parametrize("kind", [k for k in HEADS if k not in NORMALISED])
+def test_no_gate_normalises_over_the_batch_in_training(kind):
+    """torch-rechub's MMoE and PLE: BatchNorm inside the gates, so that a row's mixture depends on the rows beside it."""
+    head, width, copies = head_of(kind)
+    x = torch.randn(16, width)
+    rows = slice(3, 5)
+    assert head.training
+    torch.testing.assert_close(head(Features((x,) * copies))[rows], head(Features((x[rows],) * copies)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_batch_of_one_row_keeps_its_rank(kind):
+    """DeepCTR-Torch's MMoE and PLE: squeeze() of (B, 1, H) drops the batch where B is 1."""
+    head, width, copies = head_of(kind)
+    outputs = head(Features((torch.randn(1, width),) * copies, torch.tensor([1])))
+    assert outputs.shape == (1, 3) and outputs.isfinite().all()
+
+
+def test_the_gradient_does_not_grow_with_the_batch():
+    """DeepCTR-Torch: losses summed over the batch, so that the learning rate goes with its size."""
+    loss = JointLoss(tiny.config(Path(), Path()))
+    z, labels, weights = torch.randn(5, 3), [[1, 0, 0.3], [0, 1, 2.0], [1, 1, -1.0], [0, 0, 0.0], [1, 0, 1.0]], [1.0, 2.0, 0.5, 1.0, 1.0]
+    values, gradients = [], []
+    for times in (1, 7):
+        outputs = z.repeat(times, 1).requires_grad_()
+        value, _ = loss(outputs, batch_of(labels * times, weights * times))
+        (gradient,) = torch.autograd.grad(value, outputs)
+        values.append(value.detach())
+        gradients.append(gradient.view(times, 5, 3).sum(0))
+    torch.testing.assert_close(values[0], values[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_conversion_is_scored_on_clicked_rows():
+    """torch-rechub's ESMM: P(conversion | click) measured on rows without a click, whose conversion is 0 in the log."""
+    raw = tiny.raw(Path(), Path(), model={"kind": "esmm"}, data={"weight": None, "group": None})
+    raw["features"], raw["tasks"] = [{"kind": "numeric", "name": "x"}], raw["tasks"][:2]
+    raw["tasks"][1]["parents"] = ["click"]
+    config = parse_config(raw)
+    table = pa.table({"x": [0.0] * 5, "click": [0, 1, 1, 0, 1], "conversion": [0, 1, 0, 0, None], ROW: range(5)})
+    batch = batch_of_rows([(Collator(config)(table), 0, 5)], [], 6)
+    scores = Scores(config, [])
+    weights = dict(zip(((c.task, c.prefix) for c in scores.columns), scores(torch.zeros(6, 2), batch).weights.T.tolist(), strict=True))
+    assert weights["conversion", ""] == [0, 1, 1, 0, 0, 0]
+    assert weights["conversion", "joint_"] == [1, 1, 1, 1, 0, 0]
+
+
+def measured_splits(config: Config) -> tuple[list[int], int | None]:
+    """Rows of every data set that a run measures, in order, and its best step."""
+    from distmtl import loop
+
+    seen: list[int] = []
+    measure = loop.evaluate_split
+
+    def watched(model: Any, dataset: Any, *rest: Any) -> Any:
+        seen.append(dataset.rows)
+        return measure(model, dataset, *rest)
+
+    loop.evaluate_split = watched
+    result = loop.train(config, report=lambda record: None)
+    return seen, result["best_step"]
+
+
+def test_the_test_split_decides_nothing(tiny_data, tmp_path):
+    """MTReclib: early stopping and the choice of the model on the test set."""
+    (tmp_path / "test").mkdir()
+    pq.write_table(tiny.table(90, seed=5), tmp_path / "test" / "part-0.parquet")
+    train = {"global_batch_size": 128, "steps": 6, "eval_every": 2, "early_stopping": {"patience": 3}}
+    config = tiny.config(tiny_data, tmp_path / "run", data={"test": str(tmp_path / "test")}, train=train)
+    ((seen, best),) = run_world(measured_splits, 1, config)
+    validation = tiny.ROWS["validation"]
+    assert best is not None and seen[:3] == [validation] * 3 and seen.count(90) == 1 and seen[-1] == 90
