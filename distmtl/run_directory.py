@@ -37,7 +37,8 @@ FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a
 # What a new run may change that only starts from another one's weights: everything but what gives them their shape and meaning.
 FREE_FROM_WEIGHTS = (
     *(f"{section}.*" for section in ("cluster", "data", "evaluation", "optimizer", "run", "sharding", "tables", "train", "weighting")),
-    "name", "model.dropout", "features.*.column", "features.*.out_of_range", "features.*.id_dropout", "features.*.max_length",
+    "name", "model.dropout", "model.network.dropout", "model.calibrator", "model.weight", "model.max_weight", "model.self_normalised",
+    "features.*.column", "features.*.out_of_range", "features.*.id_dropout", "features.*.max_length",
     "features.*.too_long",
     "tasks.*.label", "tasks.*.weight", "tasks.*.bias", "tasks.*.true_probability*", "tasks.*.space", "tasks.*.pos_weight", "tasks.*.focal",
     "tasks.*.kept_negatives", "tasks.*.calibration*",
@@ -211,9 +212,8 @@ def _former_name(config: Config, old: Config) -> Any:
     spaces = [[(t.name, c.space(t)) for t in c.tasks] for c in (config, old)]
     width = sum(columns for _, columns in vectors[0][0])
     widths = {width, width + DotConfig.pairs(len(config.embedded))} if isinstance(config.interaction, DotConfig) else {width}
-    dealt = [
-        [getattr(c.model, key, None) for key in ("kind", "network", "shared_experts", "task_experts", "groups")] for c in (config, old)
-    ]
+    of_head = ("kind", "network", "shared_experts", "task_experts", "groups")
+    dealt = [[*(getattr(c.model, key, None) for key in of_head), [t.parents for t in c.tasks]] for c in (config, old)]
     experts_fit = all(kind in SHARED_BY_ALL for kind, *_ in dealt) or (now == then and dealt[0] == dealt[1])
 
     ours = "" if config.model.kind == "plugin" else r"|sharing\.gates|sharing\.levels\.\d+\.gates"

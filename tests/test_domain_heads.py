@@ -111,7 +111,7 @@ def norm_by_hand(norm: PartitionedNorm, z: torch.Tensor, domain: torch.Tensor, r
         for d in range(z.shape[1]):
             mean = sum(z[i, d] for i in mine) / max(len(mine), 1)
             variance = sum((z[i, d] - mean) ** 2 for i in mine) / max(len(mine), 1)
-            gamma = norm.weight[d] * (1 if norm.own_weight is None else norm.own_weight[p, d])
+            gamma = norm.weight[d] * (1 if norm.own_weight is None else 1 + norm.own_weight[p, d])
             beta = norm.bias[d] + (0 if norm.own_bias is None else norm.own_bias[p, d])
             for i in mine:
                 out[i, d] = gamma * (z[i, d] - mean) / (variance + EPS) ** 0.5 + beta
@@ -215,7 +215,7 @@ def test_star_by_hand():
     for i in range(B):
         p, h, a = int(features.domain[i]), z[i], features.x[i, 4:8]
         for layer in m.bottom:
-            h = (layer.own_weight[p] * layer.weight @ h + layer.own_bias[p] + layer.bias).clamp(min=0)
+            h = ((1 + layer.own_weight[p]) * layer.weight @ h + layer.own_bias[p] + layer.bias).clamp(min=0)
         for weight, bias in zip(m.auxiliary.weights, m.auxiliary.biases, strict=True):
             a = (weight[0] @ a + bias[0]).clamp(min=0)
         for out in outputs:

@@ -79,6 +79,7 @@ def test_strings_are_hashed_into_the_rows_of_ids():
 def test_a_domain_may_be_missing_or_unknown():
     raw = tiny.raw(Path(), Path(), model={"kind": "star", "domain": "f"})
     raw["features"] = [{"kind": "id", "name": "f", "column": "item", "rows": ROWS, "dim": 8, **BOTH}]
+    raw["features"].append({**raw["features"][0], "name": "again"})
     config = parse_config(raw)
     assert Collator(config)(table_of([3, None, 99])).domain.tolist() == [3, 21, 20] and Layout.of(config).domains == 22
 

@@ -29,7 +29,7 @@ HEADS = [
     {"kind": "cgc", "shared_experts": 0, "task_experts": 2, "expert": [8]},
     {"kind": "ple", "num_levels": 3, "shared_experts": 1, "task_experts": 2, "expert": [8]},
     {"kind": "ple", "num_levels": 2, "shared_experts": 2, "task_experts": 0, "expert": [8]},
-    {"kind": "aitm", "bottom": [16, 8]},
+    {"kind": "aitm", "bottom": [16, 8], "calibrator": 0.0},
     {"kind": "dbmtl", "bottom": [16], "task": [8], "relation": [12, 6]},
     {"kind": "stem", "shared_experts": 1, "task_experts": 2, "expert": [16, 8]},
     {"kind": "plugin", "target": "test_heads:TwoLinear", "args": {"hidden": 6}},

@@ -133,6 +133,8 @@ class SequenceFeature(Ids):
 
     @model_validator(mode="after")
     def _compared(self):
+        if self.pooling != "target" and self.attention != (32,):
+            raise ValueError(f"feature {self.name!r}: attention is of pooling target alone, not of {self.pooling}")
         if (self.pooling == "target") != (self.target is not None):
             raise ValueError(
                 f"feature {self.name!r}: pooling target compares with a feature, the candidate item say; name it in target"

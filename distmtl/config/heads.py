@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from distmtl.config.base import Name, Share, Strict, Unit, Widths
 
@@ -103,8 +103,7 @@ class ESCM2Config(Strict):
     network: Network = Field(SingleTaskConfig(kind="single_task"), description="What the tasks share below their towers.")
     method: Literal["ipw", "dr"] = Field("ipw", description="Inverse propensity weighting, or doubly robust with an imputation tower.")
     weight: NonNegativeFloat = Field(0.1, description="Of that loss, times the task's own weight.")
-    min_propensity: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-3
-    max_weight: PositiveFloat = Field(50.0, description="Cap of 1/propensity.")
+    max_weight: Annotated[float, Field(gt=1.0)] = Field(50.0, description="Cap of 1/propensity.")
     self_normalised: bool = Field(False, description="IPW: divide by the sum of the weights instead of the rows (SNIPS).")
 
     @model_validator(mode="after")

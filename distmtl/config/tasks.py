@@ -133,6 +133,12 @@ class RegressionTask(Task):
     delta: PositiveFloat = Field(1.0, description="Huber: where the square becomes a line.")
     bias: float = Field(0.0, description="Initial output: the label's mean saves the first steps.")
 
+    @model_validator(mode="after")
+    def _delta_of_huber(self):
+        if self.delta != 1.0 and self.loss != "huber":
+            raise ValueError(f"task {self.name!r}: delta is of loss huber alone, not of {self.loss}")
+        return self
+
 
 class OrdinalTask(Task):
     """Levels 0 … levels-1 in an order, such as stars; CORAL (Cao et al. 2020): one score, levels-1 thresholds."""
@@ -184,8 +190,8 @@ class QuantileTask(Task):
             raise ValueError(
                 f"task {self.name!r}: {len(self.quantiles)} rows of quantiles for {len(self.duration_edges) + 1} duration groups"
             )
-        if self.duration_edges and not self.duration:
-            raise ValueError(f"task {self.name!r}: duration_edges need a duration column")
+        if bool(self.duration_edges) != bool(self.duration):
+            raise ValueError(f"task {self.name!r}: duration and duration_edges go together: the column, and where its groups part")
         for row in (*self.quantiles, self.duration_edges):
             if any(b <= a for a, b in pairwise(row)):
                 raise ValueError(f"task {self.name!r}: quantiles and duration_edges must increase")

@@ -265,10 +265,10 @@ def _descent(config: Config) -> list[str]:
             ]
             if isinstance(t, BinaryTask) and t.true_probability_entire:
                 out.append(f"task {t.name!r}: true_probability_entire is of the task given its parents, which space joint does not predict")
-        if space == "entire":
+        if space == "entire" or space == "joint" and isinstance(config.model, AITMConfig) and config.model.calibrator:
             out += [
-                f"task {p.name!r}: its focal or pos_weight bends P({p.name}), which space entire of task {t.name!r} multiplies; "
-                "leave it out"
+                f"task {p.name!r}: its focal or pos_weight bends P({p.name}), which space {space} of task {t.name!r} "
+                f"{'multiplies' if space == 'entire' else 'is held below'}; leave it out"
                 for p in before
                 if _reweighted(p)
             ]
@@ -276,6 +276,8 @@ def _descent(config: Config) -> list[str]:
         out.append(f"model {config.model.kind}: no task has space entire; name the parents of the conversion task (parents: [click])")
     if isinstance(config.model, AITMConfig) and not any(t.parents for t in config.tasks):
         out.append("model aitm: no task has parents, so none has anything to pass on; name them (parents: [click]) or choose single_task")
+    if isinstance(config.model, AITMConfig) and config.model.calibrator and not any(config.space(t) == "joint" for t in config.tasks):
+        out.append("model.calibrator keeps a joint task below its parents, and no task has space joint; set it to 0")
     return out
 
 

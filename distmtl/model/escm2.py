@@ -43,7 +43,7 @@ def counterfactual(
         error = F.binary_cross_entropy_with_logits(outputs[:, where[t].start], labels[:, t], reduction="none")
         happened = weights[:, t] > 0
         propensity = torch.exp(-surprise([outputs[:, where[a].start].detach() for a in lineages[t] if a != t]))
-        inverse = torch.where(happened, 1.0 / propensity.clamp(min=model.min_propensity), 0.0).clamp(max=model.max_weight)
+        inverse = torch.where(happened, 1.0 / propensity.clamp(min=1.0 / model.max_weight), 0.0)
         if model.method == "ipw" and model.self_normalised:
             out.append((error, inverse * joint_weights[:, t]))
         elif model.method == "ipw":

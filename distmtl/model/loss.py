@@ -113,8 +113,10 @@ class JointLoss(nn.Module):
         finite = torch.isfinite(outputs)
         errors, weights = self.terms(torch.where(finite, outputs, 0.0), batch)
         bad = (weights > 0) & ~torch.isfinite(errors.detach())
-        for t, place in enumerate(self.terms.places):
-            bad[:, t] |= (weights[:, t] > 0) & ~finite[:, place].all(1)
+        of_tasks = torch.stack([finite[:, place].all(1) for place in self.terms.places], dim=1)
+        for t, before in enumerate(self.terms.lineages):
+            read = before if self.terms.spaces[t] == "entire" else [t]
+            bad[:, t] |= (weights[:, t] > 0) & ~of_tasks[:, read].all(1)
         added = slice(len(self.terms.places), None)  # by the head: they read the outputs of several tasks, and its own
         bad[:, added] |= (weights[:, added] > 0) & ~finite.all(1, keepdim=True)
         sums = (torch.where(bad, 0.0, errors) * weights).sum(0)

@@ -19,8 +19,9 @@ class PartitionedNorm(nn.Module):
 
     In training μ and σ² are those of the global batch's rows, padding excluded: W workers normalise as one does. In evaluation they
     are running ones, moved by max(`momentum`, the batch's share of all rows seen), so the first batches count equally; the variances
-    averaged are unbiased, and a domain's stay as they are in a batch that has too few rows of it. With one domain it is batch
-    normalisation (Ioffe & Szegedy 2015): γₚ and βₚ are left out. Unlike the paper's, a batch mixes domains.
+    averaged are unbiased, and a domain's stay as they are in a batch that has too few rows of it. γₚ is
+    1 + own_weight. With one domain it is batch normalisation (Ioffe & Szegedy 2015): γₚ and βₚ are left out. Unlike the paper's, a
+    batch mixes domains.
 
     Buffers, equal on all ranks: `seen` (P,) rows trained on; `mean`, `variance` (P, D).
 
@@ -45,10 +46,9 @@ class PartitionedNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for one in (self.weight, self.own_weight, self.variance):
-            if one is not None:
-                nn.init.ones_(one)
-        for zero in (self.bias, self.own_bias, self.mean, self.seen):
+        for one in (self.weight, self.variance):
+            nn.init.ones_(one)
+        for zero in (self.bias, self.own_weight, self.own_bias, self.mean, self.seen):
             if zero is not None:
                 nn.init.zeros_(zero)
 
@@ -57,7 +57,7 @@ class PartitionedNorm(nn.Module):
             z, member = z.to(self.weight.dtype), self._member(domain, real)
             weight, bias = self.weight[None], self.bias[None]
             if self.own_weight is not None:
-                weight, bias = weight * self.own_weight, bias + self.own_bias
+                weight, bias = weight * (1 + self.own_weight), bias + self.own_bias
             if not self.training:
                 return _affine(z - _look_up(self.mean, member), member, weight * torch.rsqrt(self.variance + self.eps), bias)
             out, rows, mean, variance = _Normalise.apply(z, member, weight, bias, self.eps)

@@ -15,7 +15,8 @@ from distmtl.model.normalisation import PartitionedNorm
 
 
 class StarLayer(nn.Module):
-    """ReLU(x·(Wₚ ⊙ W)ᵀ + bₚ + b) for rows of domain p (eq. 6 and 7). Wₚ starts at 1 and bₚ at 0: all domains share one network.
+    """ReLU(x·(Wₚ ⊙ W)ᵀ + bₚ + b) for rows of domain p (eq. 6 and 7). Wₚ = 1 + own_weight and bₚ start at 1 and 0, and
+    weight decay pulls them there: all domains share one network.
 
     forward: P tensors (rows of a domain, in) → P tensors (rows of a domain, out)
     """
@@ -29,12 +30,12 @@ class StarLayer(nn.Module):
     def reset_parameters(self) -> None:
         bound = math.sqrt(6.0 / self.weight.shape[1])  # as Experts
         nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.ones_(self.own_weight)
+        nn.init.zeros_(self.own_weight)
         for bias in (self.bias, self.own_bias):
             nn.init.zeros_(bias)
 
     def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
-        return linear_relu(xs, self.own_weight * self.weight, self.own_bias + self.bias)
+        return linear_relu(xs, (1 + self.own_weight) * self.weight, self.own_bias + self.bias)
 
 
 class STAR(nn.Module):

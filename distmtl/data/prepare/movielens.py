@@ -142,6 +142,7 @@ def _config(train: pa.Table, genres: list[str]) -> dict[str, Any]:
             {"kind": "id", "name": "occupation", "rows": 21, "dim": 8},
             {"kind": "id", "name": "zip_prefix", "rows": 1000, "dim": 8},
             {"kind": "id", "name": "genres", "rows": len(genres), "dim": 16, "pooling": "mean"},
+            {"kind": "sequence", "name": "liked", "table": "item_id", "rows": ITEMS + 1, "dim": 32, "max_length": HISTORY},
             {"kind": "bucket", "name": "year", "boundaries": edges(train["year"].drop_null().to_numpy(), 24), "dim": 8},
         ],
         "tasks": [
@@ -154,7 +155,8 @@ def _config(train: pa.Table, genres: list[str]) -> dict[str, Any]:
             "dense": {"kind": "adamw", "lr": 0.002},
             "schedule": {"warmup_steps": 100, "decay": "cosine"},
         },
-        "train": {"global_batch_size": 2048, "epochs": 6, "monitor": "loss", "early_stopping": {"patience": 3}},
+        "interaction": {"kind": "cross", "layers": 2},
+        "train": {"global_batch_size": 1024, "epochs": 6, "monitor": "loss", "early_stopping": {"patience": 3}},
     }
 
 
