@@ -17,12 +17,16 @@ from distmtl.model.kernels import mix
 from distmtl.model.layout import Features, Layout
 from distmtl.model.mmoe import MMoE
 from distmtl.model.multitask import initialise_dense
+from distmtl.model.omoe import OMoE
 from distmtl.model.ple import CGC, PLE
 from distmtl.model.shared_bottom import SharedBottom
+from distmtl.model.single_task import SingleTask
 
 WIDTH, TASKS, B = 12, 3, 32
 HEADS = [
+    {"kind": "single_task", "bottom": [16, 8]},
     {"kind": "shared_bottom", "bottom": [16, 8]},
+    {"kind": "omoe", "num_experts": 3, "expert": [16, 8]},
     {"kind": "mmoe", "num_experts": 3, "expert": [16, 8]},
     {"kind": "mmoe", "num_experts": 1, "expert": [8]},
     {"kind": "cgc", "shared_experts": 2, "task_experts": 1, "expert": [16, 8]},
@@ -97,6 +101,26 @@ def test_mmoe_by_hand(monkeypatch):
     for t, out in enumerate(m(seen(x))):
         gate = gate_by_hand(m.gates[t], x)
         expected = torch.stack([sum(gate[i, e] * expert_by_hand(m.experts, e, x[i]) for e in range(4)) for i in range(B)])
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_omoe_by_hand(monkeypatch):
+    double_softmax(monkeypatch)
+    m, x = randomised(OMoE(WIDTH, TASKS, 4, (16, 8))), torch.randn(B, WIDTH, dtype=torch.float64)
+    gate = gate_by_hand(m.gate, x)
+    expected = torch.stack([sum(gate[i, e] * expert_by_hand(m.experts, e, x[i]) for e in range(4)) for i in range(B)])
+    for out in m(seen(x)):
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [SharedBottom, SingleTask])
+def test_networks_without_gates_by_hand(kind):
+    """One network for all tasks, or task t's is the t-th."""
+    m, x = randomised(kind(WIDTH, TASKS, (16, 8))), torch.randn(B, WIDTH, dtype=torch.float64)
+    experts = m.bottom if kind is SharedBottom else m.bottoms
+    for t, out in enumerate(m(seen(x))):
+        mine = 0 if kind is SharedBottom else t
+        expected = torch.stack([expert_by_hand(experts, mine, x[i]) for i in range(B)])
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
