@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distmtl.batch import NO_GROUP
+from distmtl.data.hashing import mix
 from distmtl.errors import DistmtlError
 from distmtl.scores import Column, Scored
 
@@ -92,7 +93,7 @@ class Accumulator:
                 bins, weight, label = _bin(score), of["weight"].astype(np.float64), of["label"]
                 self.histograms[t, part] += np.bincount(bins, weight * (1 - label), BINS)
                 self.histograms[t, part + 1] += np.bincount(bins, weight * label, BINS)
-            rows = rows[_hash(rows["group"]) < np.uint64(self.hash_limit)] if self.grouped else rows[:0]
+            rows = rows[mix(rows["group"]) < np.uint64(self.hash_limit)] if self.grouped else rows[:0]
         self.rows[t].append(rows)
 
     def compute(self) -> Metrics:
@@ -159,14 +160,6 @@ def _logit(probabilities: np.ndarray) -> np.ndarray:
     p = probabilities.astype(np.float64)
     with np.errstate(divide="ignore"):  # ±inf at 0 and 1 have bins too
         return np.log(p) - np.log1p(-p)
-
-
-def _hash(ids: np.ndarray) -> np.ndarray:
-    """int64 (n,) → uniform uint64 (n,); splitmix64's finaliser (Steele et al. 2014)."""
-    h = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return h ^ (h >> np.uint64(31))
 
 
 # ------------------------------------------------------------------------------------------------------------- formulas

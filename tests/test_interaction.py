@@ -71,7 +71,7 @@ def test_dots_are_of_the_embeddings_and_places_stay():
     x = torch.randn(B, layout.width)
     crossed = head.interaction(x)
     assert crossed.shape == (B, layout.width + 10) and torch.equal(crossed[:, : layout.width], x)
-    user, item = (x[:, layout.columns([name])] for name in ("user", "item"))
+    user, item = (x[:, slice(*layout.places[name])] for name in ("user", "item"))
     torch.testing.assert_close(crossed[:, layout.width], (user * item).sum(1))
 
 

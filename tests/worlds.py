@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchrec.distributed import TrainPipelineSparseDist
 
 from distmtl import checkpoint
 from distmtl.config import Config
@@ -23,6 +24,11 @@ def _train(config: Config, resume: str) -> dict[str, Any]:
     from distmtl.loop import train
 
     return train(config, resume, report=lambda record: None)
+
+
+def pipeline_of_cuda(model: Any, optimizers: Any, device: torch.device) -> TrainPipelineSparseDist:
+    """In place of loop.make_pipeline, on CPU."""
+    return TrainPipelineSparseDist(model, optimizers, device, execute_all_batches=True)
 
 
 def records(config: Config, kind: str) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -53,7 +52,3 @@ class Layout:
         """How many columns a feature has."""
         first, last = self.places[feature]
         return last - first
-
-    def columns(self, features: Iterable[str]) -> list[int]:
-        """Numbers of the features' columns, in the order given."""
-        return [c for name in features for c in range(*self.places[name])]

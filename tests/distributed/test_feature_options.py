@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from worlds import records, run_world, saved_state, train_world
+from worlds import pipeline_of_cuda, records, run_world, saved_state, train_world
 
 from distmtl import verification
 from distmtl.config import Config
@@ -82,16 +82,10 @@ def test_a_table_that_verify_shrinks_is_hashed_into_and_drops_nothing(tiny_data,
 
 def test_the_pipeline_of_cuda_trains_the_same(tiny_data, tmp_path, monkeypatch):
     """It traces the model, projections and crosses included."""
-    from torchrec.distributed import TrainPipelineSparseDist
-
     import distmtl.loop as loop
 
     plain, ahead = (with_options(tiny_data, tmp_path / n, {"kind": "dot"}, precision="bf16", steps=6) for n in ("plain", "ahead"))
     train_world(plain, 2)
-    monkeypatch.setattr(
-        loop,
-        "make_pipeline",
-        lambda model, optimizers, device: TrainPipelineSparseDist(model, optimizers, device, execute_all_batches=True),
-    )
+    monkeypatch.setattr(loop, "make_pipeline", pipeline_of_cuda)
     train_world(ahead, 2)
     assert [r["losses"] for r in records(plain, "train")] == [r["losses"] for r in records(ahead, "train")]

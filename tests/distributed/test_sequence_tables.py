@@ -7,7 +7,7 @@ import tiny
 import torch
 from test_matching import start
 from test_training import difference, state_after_loading
-from worlds import records, run_world, saved_state, train_world
+from worlds import pipeline_of_cuda, records, run_world, saved_state, train_world
 
 from distmtl.config import Config
 from distmtl.config_file import parse_config
@@ -80,17 +80,11 @@ def test_a_checkpoint_loads_at_another_world_size_and_layout(tiny_data, tmp_path
 
 
 def test_the_pipeline_of_cuda_trains_the_same(tiny_data, tmp_path, monkeypatch):
-    from torchrec.distributed import TrainPipelineSparseDist
-
     import distmtl.loop as loop
 
     plain, ahead = (config_for(tiny_data, tmp_path / n, steps=6, eval_every=3, save_every=3) for n in ("plain", "ahead"))
     train_world(plain, 2)
-    monkeypatch.setattr(
-        loop,
-        "make_pipeline",
-        lambda model, optimizers, device: TrainPipelineSparseDist(model, optimizers, device, execute_all_batches=True),
-    )
+    monkeypatch.setattr(loop, "make_pipeline", pipeline_of_cuda)
     train_world(ahead, 2)
     assert difference(saved_state(plain, 6), saved_state(ahead, 6)) == 0.0
 

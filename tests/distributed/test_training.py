@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from worlds import records, run_world, saved_state, train_world
+from worlds import pipeline_of_cuda, records, run_world, saved_state, train_world
 
 from distmtl.errors import DistmtlError
 
@@ -70,18 +70,12 @@ def test_evaluation_in_mid_run_changes_nothing(tiny_data, tmp_path):
 
 def test_the_pipeline_of_cuda_trains_the_same(tiny_data, tmp_path, monkeypatch):
     """TrainPipelineSparseDist reads ahead and is detached for evaluations; on CPU it must give what the plain one gives."""
-    from torchrec.distributed import TrainPipelineSparseDist
-
     import distmtl.loop as loop
 
     kw = {"dropout": 0.3, "steps": 26, "epochs": 2, "eval_every": 6, "save_every": 6}
     plain, ahead = (tiny_config(tiny_data, tmp_path / n, **kw) for n in ("plain", "ahead"))
     train_world(plain, 2)
-    monkeypatch.setattr(
-        loop,
-        "make_pipeline",
-        lambda model, optimizers, device: TrainPipelineSparseDist(model, optimizers, device, execute_all_batches=True),
-    )
+    monkeypatch.setattr(loop, "make_pipeline", pipeline_of_cuda)
     train_world(ahead, 2)
     assert [r["losses"] for r in records(plain, "train")] == [r["losses"] for r in records(ahead, "train")]
     assert difference(saved_state(plain, 24), saved_state(ahead, 24)) == 0.0
