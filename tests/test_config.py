@@ -75,7 +75,7 @@ ONE = {  # place, value → the only mistake
     ),
     "no kind": ("features.4", {"name": "a", "rows": 3}, "features.a: kind is missing; it is one of id, sequence, bucket, numeric, vector"),
     "no kind deeper": ("optimizer.dense", {"lr": 0.1}, "optimizer.dense: kind is missing; it is one of adamw, adam, adagrad, sgd"),
-    "weighting": ("weighting", {"kind": "dwa"}, "weighting.kind: input should be 'static', got 'dwa'"),
+    "weighting": ("weighting", {"kind": "pcgard"}, "weighting: kind 'pcgard' is not one of static, pcgrad; did you mean 'pcgrad'?"),
     # values
     "missing": ("features.0", {"kind": "id", "name": "user"}, "features.user.rows: missing; it must be given"),
     "text for a number": (

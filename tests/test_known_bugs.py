@@ -12,9 +12,6 @@ Tested elsewhere:
     ESCM² ports, propensity with gradient, mean before weighting        test_funnel.py, test_a_propensity_is_not_taught_…,
                                                                         test_inverse_propensity_weighting_by_hand
     TorchEasyRec DBMTL, parents must be listed first                    test_task_heads.py, test_children_may_be_listed_before_…
-
-Those of loss weighting (torch-rechub's GradNorm and uncertainty, LibMTL's RLW, PCGrad and representation gradients, FAMO, TorchEasyRec's
-Pareto) have no code here that could have them while weights are static; test_loss_weights_are_static fails when that changes.
 """
 
 from __future__ import annotations
@@ -30,14 +27,14 @@ import torch
 from by_hand import batch_of
 from worlds import run_world
 
-from distmtl.config import Config, StaticWeighting, WeightingConfig
+from distmtl.config import Config
 from distmtl.config_file import parse_config
 from distmtl.data.collate import ROW, Collator
 from distmtl.data.rows import batch_of as batch_of_rows
 from distmtl.model.experts import Gate
 from distmtl.model.head import Head
 from distmtl.model.layout import Features, Layout
-from distmtl.model.loss import JointLoss, Terms
+from distmtl.model.loss import JointLoss
 from distmtl.model.multitask import initialise_dense
 from distmtl.scores import Scores
 
@@ -147,16 +144,3 @@ def test_the_test_split_decides_nothing(tiny_data, tmp_path):
     ((seen, best),) = run_world(measured_splits, 1, config)
     validation = tiny.ROWS["validation"]
     assert best is not None and seen[:3] == [validation] * 3 and seen.count(90) == 1 and seen[-1] == 90
-
-
-def test_loss_weights_are_static():
-    """Who adds a weighting method finds here what to test it for: see the end of this module's docstring."""
-    assert WeightingConfig is StaticWeighting
-    first, second = (parse_config(raw_of(weights)) for weights in ([1.0, 2.0, 0.5], [3.0, 0.0, 1.0]))
-    assert [Terms(c).coefficients for c in (first, second)] == [[1.0, 2.0, 0.5], [3.0, 0.0, 1.0]]
-
-
-def raw_of(weights: list[float]) -> dict[str, Any]:
-    raw = tiny.raw(Path(), Path())
-    raw["tasks"] = [task | {"weight": w} for task, w in zip(raw["tasks"], weights, strict=True)]
-    return raw

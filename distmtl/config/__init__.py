@@ -80,10 +80,15 @@ from distmtl.config.training import (
     RunConfig,
     ScheduleConfig,
     SgdDense,
-    StaticWeighting,
     TrainConfig,
-    WeightingConfig,
     Workers,
+)
+from distmtl.config.weighting import (
+    GradientWeighting,
+    LossWeighting,
+    PCGradWeighting,
+    StaticWeighting,
+    WeightingConfig,
 )
 from distmtl.config.whole import (
     MONITORS,

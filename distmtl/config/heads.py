@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from distmtl.config.base import Name, Share, Strict, Unit, Widths
 
 
-class SingleTaskConfig(Strict):
+class Head(Strict):
+    shares: ClassVar[bool] = False  # whether it has a network of all tasks, whose output is a Cut (model/weighting/cut.py)
+
+
+class Sharing(Head):
+    shares = True
+
+
+class SingleTaskConfig(Head):
     """One network per task over the same embeddings, no dense layer shared."""
 
     kind: Literal["single_task"]
@@ -17,13 +25,13 @@ class SingleTaskConfig(Strict):
     dropout: Unit = 0.0
 
 
-class SharedBottomConfig(Strict):
+class SharedBottomConfig(Sharing):
     kind: Literal["shared_bottom"]
     bottom: Widths = Field((256, 128), min_length=1)
     dropout: Unit = 0.0
 
 
-class OMoEConfig(Strict):
+class OMoEConfig(Sharing):
     """MMoE with one gate for all tasks."""
 
     kind: Literal["omoe"]
@@ -32,7 +40,7 @@ class OMoEConfig(Strict):
     dropout: Unit = 0.0
 
 
-class MMoEConfig(Strict):
+class MMoEConfig(Sharing):
     """Ma et al. 2018: shared experts, one softmax gate per task."""
 
     kind: Literal["mmoe"] = "mmoe"
@@ -41,7 +49,7 @@ class MMoEConfig(Strict):
     dropout: Unit = 0.0
 
 
-class PLEConfig(Strict):
+class PLEConfig(Sharing):
     """Tang et al. 2020: shared and task-specific experts, level by level. One level is CGC."""
 
     kind: Literal["ple"]
@@ -60,7 +68,7 @@ class PLEConfig(Strict):
         return self
 
 
-class CGCConfig(Strict):
+class CGCConfig(Sharing):
     """PLE with a single level."""
 
     kind: Literal["cgc"]
@@ -76,7 +84,7 @@ class CGCConfig(Strict):
         return self
 
 
-class PluginHeadConfig(Strict):
+class PluginHeadConfig(Head):
     """A head from the user's own package: called as Target(width, num_tasks, **args), a module (B, width) → T tensors (B, H)."""
 
     kind: Literal["plugin"]
@@ -89,14 +97,14 @@ Network = Annotated[
 ]
 
 
-class ESMMConfig(Strict):
+class ESMMConfig(Head):
     """Ma et al. 2018: tasks with parents are trained through P(parent)·P(task | parent) on all impressions."""
 
     kind: Literal["esmm"]
     network: Network = Field(SingleTaskConfig(kind="single_task"), description="What the tasks share below their towers.")
 
 
-class ESCM2Config(Strict):
+class ESCM2Config(Head):
     """Wang et al. 2022: ESMM, and a loss of the conditional task whose selection bias is weighted away."""
 
     kind: Literal["escm2"]
@@ -113,7 +121,7 @@ class ESCM2Config(Strict):
         return self
 
 
-class AITMConfig(Strict):
+class AITMConfig(Head):
     """Xi et al. 2021: a task attends to what its parents pass on. Its tasks with parents have space joint."""
 
     kind: Literal["aitm"]
@@ -122,7 +130,7 @@ class AITMConfig(Strict):
     calibrator: NonNegativeFloat = Field(0.6, description="Weight of mean(max(P(task) - P(parent), 0)).")
 
 
-class DBMTLConfig(Strict):
+class DBMTLConfig(Sharing):
     """Wang et al. 2019: a shared bottom, then a network per task that also reads its parents' representation."""
 
     kind: Literal["dbmtl"]
@@ -133,7 +141,7 @@ class DBMTLConfig(Strict):
     dropout: Unit = 0.0
 
 
-class STEMConfig(Strict):
+class STEMConfig(Sharing):
     """Su et al. 2024: embeddings of each task's own beside shared ones; gates see all experts, only one's own get gradient."""
 
     kind: Literal["stem"]
@@ -143,7 +151,7 @@ class STEMConfig(Strict):
     dropout: Unit = 0.0
 
 
-class HoMEConfig(Strict):
+class HoMEConfig(Sharing):
     """Wang et al. 2024: groups of tasks, normalised experts, gates on features, gates of one's own."""
 
     kind: Literal["home"]
@@ -154,7 +162,7 @@ class HoMEConfig(Strict):
     momentum: Share = Field(0.01, description="Of the running statistics of the experts' normalisation.")
 
 
-class STARConfig(Strict):
+class STARConfig(Sharing):
     """Sheng et al. 2021: every domain's weights are the shared ones times its own."""
 
     kind: Literal["star"]
@@ -164,7 +172,7 @@ class STARConfig(Strict):
     momentum: Share = Field(0.01, description="Of the running statistics of the partitioned normalisation.")
 
 
-class PEPNetConfig(Strict):
+class PEPNetConfig(Head):
     """Chang et al. 2023: gates by domain on the embeddings, gates by user and item on every layer."""
 
     kind: Literal["pepnet"]

@@ -10,15 +10,6 @@ from distmtl.config.base import Precision, Strict, Unit
 from distmtl.config.tables import RowWiseAdagradTable, TableOptimizer
 
 
-class StaticWeighting(Strict):
-    """The tasks' own weights, constant."""
-
-    kind: Literal["static"] = "static"
-
-
-WeightingConfig = StaticWeighting  # a union by `kind` as soon as there is a second one
-
-
 class AdamDense(Strict):
     kind: Literal["adam"]
     lr: PositiveFloat = 1e-3

@@ -29,7 +29,9 @@ from distmtl.config.heads import (
     HoMEConfig,
     InteractionConfig,
     MMoEConfig,
+    Network,
     PEPNetConfig,
+    SingleTaskConfig,
     STARConfig,
     STEMConfig,
 )
@@ -48,10 +50,9 @@ from distmtl.config.training import (
     EvaluationConfig,
     OptimizerConfig,
     RunConfig,
-    StaticWeighting,
     TrainConfig,
-    WeightingConfig,
 )
+from distmtl.config.weighting import GradientWeighting, StaticWeighting, WeightingConfig
 
 MONITORS = ("loss", *dict.fromkeys(m for kind in get_args(get_args(TaskConfig)[0]) for m in kind.metrics))
 
@@ -98,6 +99,11 @@ class Config(Strict):
     def domain(self) -> str | None:
         """The feature that is a row's domain."""
         return self.model.domain if isinstance(self.model, STARConfig) else None
+
+    @property
+    def network(self) -> HeadConfig | Network:
+        """What the tasks share below their towers: the head itself, or what an entire-space head is built on."""
+        return self.model.network if isinstance(self.model, ESMMConfig | ESCM2Config) else self.model
 
     @property
     def copies(self) -> int:
@@ -154,6 +160,7 @@ class Config(Strict):
             *_named_by_head(self),
             *_interaction(self),
             *_calibrated(self),
+            *_weighted(self),
             *_sizes(self),
         ]
         if mistakes:
@@ -337,6 +344,23 @@ def _calibrated(config: Config) -> list[str]:
             hint = did_you_mean(calibration.slices, sliced)
             out.append(f"task {task!r}: calibration.slices {calibration.slices!r} is no id or bucket feature{hint}")
     return out
+
+
+def _weighted(config: Config) -> list[str]:
+    """What a weighting method needs and the config lacks."""
+    method, head = config.weighting, config.model
+    if isinstance(method, StaticWeighting):
+        return []
+    if sum(t.weight > 0 for t in config.tasks) < 2:
+        return [f"weighting {method.kind} balances tasks, and only one has a weight above 0; add a task, or leave weighting out"]
+    if not isinstance(method, GradientWeighting) or method.cut == "features" or config.network.shares:
+        return []
+    if method.cut == "network" or isinstance(head, SingleTaskConfig):
+        return [
+            f"weighting {method.kind} compares the tasks' gradients in the network that they share, and {config.network.kind} has none; "
+            "choose another model, or weighting.cut: features, which balances the embeddings that they share"
+        ]
+    return []
 
 
 def _sizes(config: Config) -> list[str]:

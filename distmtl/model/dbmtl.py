@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distmtl.model.experts import Experts
 from distmtl.model.layout import Features
+from distmtl.model.weighting import Cut
 
 
 class DBMTL(nn.Module):
@@ -34,13 +35,14 @@ class DBMTL(nn.Module):
         super().__init__()
         self.descent, self.detach_parents, self.output_width = descent, detach_parents, relation[-1]
         self.bottom = Experts(1, width, bottom, dropout)
+        self.cut = Cut()
         self.tasks = Experts(len(descent), bottom[-1], task, dropout)
         self.relations = nn.ModuleList(
             Experts(1, task[-1] + len(descent[t]) * relation[-1], relation, dropout) for t in range(len(descent))
         )
 
     def forward(self, features: Features) -> list[Tensor]:
-        r = self.tasks(*self.bottom(features.x))
+        r = self.tasks(*self.cut(self.bottom(features.x)))
         for t, parents in self.descent.items():
             passed = [r[p].detach() if self.detach_parents else r[p] for p in parents]
             (r[t],) = self.relations[t](torch.cat([r[t], *passed], dim=1))

@@ -64,6 +64,14 @@ def gates(several: Iterable[Gate], x: Tensor) -> Tensor:
     return F.softmax(logits.T.unflatten(0, (len(several), -1)), dim=1, dtype=torch.float32)
 
 
+def over_all(weights: Sequence[Tensor], places: Sequence[Sequence[int]], num_experts: int) -> Tensor:
+    """Gates of several tasks side by side, 0 for experts that a task does not see, and without gradient: T × (1, e, B) → (T, E, B)."""
+    whole = weights[0].new_zeros(len(weights), num_experts, weights[0].shape[2])
+    for row, weight, place in zip(whole, weights, places, strict=True):
+        row[place] = weight[0].detach()
+    return whole
+
+
 class Scale(nn.Linear):
     """2·sigmoid(Wx + b), a factor of something else. Zero weights at start: exactly 1.
 

@@ -15,7 +15,6 @@ from distmtl.config import (
     Config,
     DBMTLConfig,
     ESCM2Config,
-    ESMMConfig,
     HoMEConfig,
     MMoEConfig,
     OMoEConfig,
@@ -43,6 +42,7 @@ from distmtl.model.shared_bottom import SharedBottom
 from distmtl.model.single_task import SingleTask
 from distmtl.model.star import STAR
 from distmtl.model.stem import STEM
+from distmtl.model.weighting import Cut
 
 
 class Head(nn.Module):
@@ -57,7 +57,9 @@ class Head(nn.Module):
         self.bf16 = config.train.precision == "bf16"
         self.interaction, layout = interaction(config, layout)
         self.sharing = sharing_network(config, layout)
-        width, dropout = self.sharing.output_width, getattr(network_of(config), "dropout", 0.0)
+        self.at_features = getattr(config.weighting, "cut", "auto") == "features" or not hasattr(self.sharing, "cut")
+        self.cut: Cut = Cut() if self.at_features else self.sharing.cut
+        width, dropout = self.sharing.output_width, getattr(config.network, "dropout", 0.0)
         self.towers = nn.ModuleList(Tower(width, t.tower, output_layer(t, width_of(t, width)), dropout) for t in config.tasks)
         self.imputed = imputed(config)
         self.imputation = nn.ModuleList(
@@ -66,6 +68,8 @@ class Head(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         with torch.autocast(features.x.device.type, torch.bfloat16, enabled=self.bf16):
+            if self.at_features:
+                features = replace(features, vectors=tuple(self.cut(features.vectors)))
             if self.interaction:
                 features = replace(features, vectors=(self.interaction(features.x),))
             shared = self.sharing(features)
@@ -86,11 +90,6 @@ def imputed(config: Config) -> list[int]:
     return [t for t, task in enumerate(config.tasks) if config.space(task) == "entire"]
 
 
-def network_of(config: Config) -> Any:
-    """What the tasks share: the head itself, or what an entire-space head is built on."""
-    return config.model.network if isinstance(config.model, ESMMConfig | ESCM2Config) else config.model
-
-
 def descent(config: Config) -> dict[int, list[int]]:
     """Places of every task's parents, parents before their children."""
     return {t: [config.task(p) for p in config.tasks[t].parents] for t in config.by_descent}
@@ -98,7 +97,7 @@ def descent(config: Config) -> dict[int, list[int]]:
 
 def sharing_network(config: Config, layout: Layout) -> Any:
     """The network that `model.kind` names. It has `output_width`, and maps Features to T tensors (B, output_width)."""
-    model, width, tasks = network_of(config), layout.width, len(config.tasks)
+    model, width, tasks = config.network, layout.width, len(config.tasks)
     match model:
         case SingleTaskConfig():
             return SingleTask(width, tasks, model.bottom, model.dropout)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distmtl.model.experts import Gate, Scale
+from distmtl.model.experts import Gate, Scale, over_all
 from distmtl.model.kernels import linear_relu, mix
 from distmtl.model.layout import Features
 from distmtl.model.normalisation import PartitionedNorm
+from distmtl.model.weighting import Cut
 
 
 class NormalisedExperts(nn.Module):
@@ -69,7 +70,8 @@ class Level(nn.Module):
         sets: how many there are.
         sees: for every mixture the sets that it sees, its own first.
 
-    forward: one input (B, width) per set, one (B, gate_width) per mixture, real (B,) bool or None → one (B, H) per mixture
+    forward: one input (B, width) per set, one (B, gate_width) per mixture, real (B,) bool or None → one (B, H) per mixture, and its
+    weights (1, experts that it sees, B)
     """
 
     def __init__(
@@ -84,21 +86,22 @@ class Level(nn.Module):
         sees: Sequence[Sequence[int]],
     ):
         super().__init__()
-        self.own, self.sees = own, sees
+        self.own = own
+        self.places = [[e for s in seen for e in range(s * own, (s + 1) * own)] for seen in sees]  # experts that a mixture sees
         self.feature_gates = nn.ModuleList(FeatureGate(width, rank) for _ in range(sets))
         self.experts = NormalisedExperts(sets * own, width, expert, momentum)
         self.gates = nn.ModuleList(Gate(gate_width, len(seen) * own) for seen in sees)
         self.self_gates = nn.ModuleList(Gate(gate_width, own) if own > 1 else SigmoidGate(gate_width, own) for _ in sees)
 
-    def forward(self, xs: Sequence[Tensor], us: Sequence[Tensor], real: Tensor | None) -> list[Tensor]:
+    def forward(self, xs: Sequence[Tensor], us: Sequence[Tensor], real: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         gated = [gate(x) for gate, x in zip(self.feature_gates, xs, strict=True)]
         experts = self.experts([x for x in gated for _ in range(self.own)], real)
-        out = []
-        for seen, gate, self_gate, u in zip(self.sees, self.gates, self.self_gates, us, strict=True):
-            weights = gate(u)
-            weights = torch.cat([weights[:, : self.own] + self_gate(u), weights[:, self.own :]], dim=1)
-            out += mix(weights, [e for s in seen for e in experts[s * self.own : (s + 1) * self.own]])
-        return out
+        out, weights = [], []
+        for places, gate, self_gate, u in zip(self.places, self.gates, self.self_gates, us, strict=True):
+            weight = gate(u)
+            weights.append(torch.cat([weight[:, : self.own] + self_gate(u), weight[:, self.own :]], dim=1))
+            out += mix(weights[-1], [experts[e] for e in places])
+        return out, weights
 
 
 class SigmoidGate(Gate):
@@ -132,10 +135,13 @@ class HoME(nn.Module):
         self.meta = Level(width, width, own, expert, rank, momentum, n + 1, [*groups_see, [n, *range(n)]])
         tasks_see = [[t, tasks + g, tasks + n] for t, g in enumerate(self.group_of)]
         self.tasks = Level(out, 2 * out, own, expert, rank, momentum, tasks + n + 1, tasks_see)
+        self.num_experts = own * (tasks + n + 1)  # of the second level
+        self.cut = Cut()
 
     def forward(self, features: Features) -> list[Tensor]:
-        sets = len(self.meta.sees)
-        *groups, shared = self.meta([features.x] * sets, [features.x] * sets, features.real)
+        sets = len(self.meta.places)
+        (*groups, shared), _ = self.meta([features.x] * sets, [features.x] * sets, features.real)
         of_tasks = [groups[g] for g in self.group_of]
         beside = [torch.cat([z, shared], dim=1) for z in groups]
-        return self.tasks([*of_tasks, *groups, shared], [beside[g] for g in self.group_of], features.real)
+        out, weights = self.tasks([*of_tasks, *groups, shared], [beside[g] for g in self.group_of], features.real)
+        return self.cut(out, over_all(weights, self.tasks.places, self.num_experts))

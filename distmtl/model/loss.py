@@ -14,6 +14,7 @@ from distmtl.config import AITMConfig, Config, ESCM2Config
 from distmtl.model.escm2 import counterfactual
 from distmtl.model.funnel import joint_labels, joint_logit, lineage
 from distmtl.model.kinds import places, row_loss
+from distmtl.model.weighting import Cut, weighting
 
 
 @dataclass
@@ -28,12 +29,15 @@ class StepNumbers:
     bad_rows: Tensor  # (B,) this rank's row numbers where `non_finite` counted one, else -1
     trained: Tensor  # () bool, equal on all ranks: the step's update is made
     error: str | None  # why this rank's reader failed
+    weighting: Tensor  # (T,) λ of every task, float64
+    gram: Tensor | None  # (T, T) ⟨gᵢ, gⱼ⟩ of the tasks' gradients at the cut over all ranks, float64; None in steps that do not look
 
 
 class Terms:
     """The errors that are averaged, row by row: one per task, then the head's own.
 
-    names, coefficients: of the K terms; the tasks' coefficients are their weights λ.
+    names, coefficients, owners: of the K terms; a task's coefficient is its own weight, a further term's includes that of the task that
+    owns it.
     """
 
     def __init__(self, config: Config):
@@ -41,17 +45,19 @@ class Terms:
         self.spaces = [config.space(t) for t in config.tasks]
         self.lineages = [lineage(config, t) for t in range(len(config.tasks))]
         self.funnel = any(s in ("entire", "joint") for s in self.spaces)
-        terms = [(t.name, t.weight) for t in config.tasks]
+        terms = [(t.name, t.weight, i) for i, t in enumerate(config.tasks)]
         model = config.model
         if isinstance(model, ESCM2Config):
-            for task in (t for t, s in zip(config.tasks, self.spaces, strict=True) if s == "entire"):
-                terms.append((f"{task.name} {model.method}", task.weight * model.weight))
+            for i, task in ((i, t) for i, t in enumerate(config.tasks) if self.spaces[i] == "entire"):
+                terms.append((f"{task.name} {model.method}", task.weight * model.weight, i))
                 if model.method == "dr":
-                    terms.append((f"{task.name} imputation", task.weight * model.weight))
+                    terms.append((f"{task.name} imputation", task.weight * model.weight, i))
         if isinstance(model, AITMConfig) and model.calibrator:
-            terms += [(f"{task.name} calibrator", task.weight * model.calibrator) for task in config.tasks if config.space(task) == "joint"]
-        self.names = [name for name, _ in terms]
-        self.coefficients = [float(c) for _, c in terms]
+            joint = [i for i, s in enumerate(self.spaces) if s == "joint"]
+            terms += [(f"{config.tasks[i].name} calibrator", config.tasks[i].weight * model.calibrator, i) for i in joint]
+        self.names = [name for name, _, _ in terms]
+        self.coefficients = [float(c) for _, c, _ in terms]
+        self.owners = [owner for _, _, owner in terms]
 
     def __call__(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Outputs (B, O) → errors (B, K) and their weights (B, K): 0 where a row does not count, and its error is then 0."""
@@ -94,24 +100,64 @@ class Terms:
 
 
 class JointLoss(nn.Module):
-    """Lᵢ = Σ w·e / Σ w, both sums over all ranks; masked and padding rows have w = 0 and exactly zero gradient.
+    """L = Σ λᵢ·Lᵢ of the tasks i, Lᵢ = Σₖ cₖ·(Σ w·e / Σ w) over its terms k, both sums over all ranks; masked and padding rows have
+    w = 0 and exactly zero gradient. λ is that of config.weighting; under gradient surgery it holds below the cut, and 1 above it.
 
     Gradients are summed over ranks later, by TorchRec for tables, by Optimizers for the rest. A non-finite loss or a failed
     reader, on any rank, gives every rank zero gradient.
 
+    Args:
+        cut: where the head that computes the outputs compares the tasks' gradients; every `train.log_every` steps it is looked at in
+            any case, to be logged.
+
     forward: outputs (B, O), batch → scalar loss of this rank, StepNumbers
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, cut: Cut | None = None):
         super().__init__()
-        self.terms = Terms(config)
-        self.register_buffer("coefficients", torch.tensor(self.terms.coefficients), persistent=False)
+        self.terms, self.weighting, self.cut, self.log_every = Terms(config), weighting(config), cut, config.train.log_every
+        self.reads_gradients = config.weighting.reads_gradients
+        self.register_buffer("coefficients", torch.tensor(self.terms.coefficients, dtype=torch.float64), persistent=False)
+        self.register_buffer("owners", torch.tensor(self.terms.owners), persistent=False)
         self.coefficients: Tensor
+        self.owners: Tensor
         self.trained = torch.tensor(True)  # of the last forward: the optimizer looks here before it steps
 
     def forward(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, StepNumbers]:
         finite = torch.isfinite(outputs)
         errors, weights = self.terms(torch.where(finite, outputs, 0.0), batch)
+        bad = self._bad(finite, errors, weights)
+        sums = (torch.where(bad, 0.0, errors) * weights).sum(0)
+        looks = self.cut is not None and (self.reads_gradients or (batch.step + 1) % self.log_every == 0)
+        gradients = self.cut.gradients(sums) if looks and self.cut is not None else []
+        gram = self.cut.gram(gradients).to(sums.device) if looks and self.cut is not None else sums.new_empty(0)
+
+        failed = sums.new_tensor([float(batch.error is not None)])
+        shared = torch.cat([sums.detach(), weights.detach().sum(0), bad.sum(0), failed, gram.flatten()]).double()
+        if dist.is_initialized():
+            dist.all_reduce(shared)
+        k = len(sums)
+        total, weight, non_finite = shared[: 3 * k].view(3, -1)
+        n_failed, gram = shared[3 * k], shared[3 * k + 1 :]
+        self.trained = (non_finite.sum() == 0) & (n_failed == 0)
+
+        share = torch.where(weight > 0, 1.0 / weight.clamp(min=1e-30), 0.0)
+        scale = share * self.coefficients
+        of_tasks = gram.view(k, k) * scale[:, None] * scale if looks else None
+        weighting, of_tasks = self._balance(batch.step, total * scale, weight, of_tasks)
+        factors = torch.where(self.trained, weighting[self.owners] * scale, 0.0)
+        if self.weighting.surgery and self.cut is not None:
+            self.cut.replace(gradients, factors)
+            factors = scale
+        loss = (sums * factors.float()).sum()
+        bad_rows = torch.where(bad.any(1), batch.rows, -1)
+        numbers = StepNumbers(
+            batch.step, total * share, weight, non_finite, n_failed, bad_rows, self.trained, batch.error, weighting, of_tasks
+        )
+        return torch.where(self.trained, loss, 0.0), numbers
+
+    def _bad(self, finite: Tensor, errors: Tensor, weights: Tensor) -> Tensor:
+        """(B, K): which errors count and are not finite, or come of an output that is not."""
         bad = (weights > 0) & ~torch.isfinite(errors.detach())
         of_tasks = torch.stack([finite[:, place].all(1) for place in self.terms.places], dim=1)
         for t, before in enumerate(self.terms.lineages):
@@ -119,17 +165,14 @@ class JointLoss(nn.Module):
             bad[:, t] |= (weights[:, t] > 0) & ~of_tasks[:, read].all(1)
         added = slice(len(self.terms.places), None)  # by the head: they read the outputs of several tasks, and its own
         bad[:, added] |= (weights[:, added] > 0) & ~finite.all(1, keepdim=True)
-        sums = (torch.where(bad, 0.0, errors) * weights).sum(0)
+        return bad
 
-        failed = sums.new_tensor([float(batch.error is not None)])
-        shared = torch.cat([sums.detach(), weights.detach().sum(0), bad.sum(0), failed]).double()
-        if dist.is_initialized():
-            dist.all_reduce(shared)
-        total, weight, non_finite = shared[:-1].view(3, -1)
-        self.trained = (non_finite.sum() == 0) & (shared[-1] == 0)
-
-        share = torch.where(weight > 0, 1.0 / weight.clamp(min=1e-30), 0.0)
-        loss = (sums * share.float() * self.coefficients).sum()
-        bad_rows = torch.where(bad.any(1), batch.rows, -1)
-        numbers = StepNumbers(batch.step, total * share, weight, non_finite, shared[-1], bad_rows, self.trained, batch.error)
-        return torch.where(self.trained, loss, 0.0), numbers
+    def _balance(self, step: int, losses: Tensor, weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """λ (T,) and the tasks' Gram matrix (T, T), from the terms' losses, weights and Gram matrix."""
+        tasks = len(self.terms.places)
+        of_tasks = losses.new_zeros(tasks).index_add(0, self.owners, losses)
+        if gram is not None:
+            gram = gram.new_zeros(tasks, len(losses)).index_add(0, self.owners, gram)
+            gram = gram.new_zeros(tasks, tasks).index_add(1, self.owners, gram)
+        present = (weight[:tasks] > 0) & (self.coefficients[:tasks] > 0) & self.trained  # without an update the state stays as it is
+        return self.weighting(step, of_tasks, present, gram if self.reads_gradients else None), gram

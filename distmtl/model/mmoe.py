@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distmtl.model.experts import Experts, Gate, gates
 from distmtl.model.kernels import mix
 from distmtl.model.layout import Features
+from distmtl.model.weighting import Cut
 
 
 class MMoE(nn.Module):
@@ -22,6 +23,8 @@ class MMoE(nn.Module):
         self.output_width = expert[-1]
         self.experts = Experts(num_experts, width, expert, dropout)
         self.gates = nn.ModuleList(Gate(width, num_experts) for _ in range(num_tasks))
+        self.cut = Cut()
 
     def forward(self, features: Features) -> list[Tensor]:
-        return mix(gates(self.gates, features.x), self.experts(features.x))
+        weights = gates(self.gates, features.x)
+        return self.cut(mix(weights, self.experts(features.x)), weights)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distmtl.model.experts import Experts, Gate
 from distmtl.model.kernels import mix
 from distmtl.model.layout import Features
+from distmtl.model.weighting import Cut
 
 
 class OMoE(nn.Module):
@@ -19,6 +20,8 @@ class OMoE(nn.Module):
         self.num_tasks, self.output_width = num_tasks, expert[-1]
         self.experts = Experts(num_experts, width, expert, dropout)
         self.gate = Gate(width, num_experts)
+        self.cut = Cut()
 
     def forward(self, features: Features) -> list[Tensor]:
-        return mix(self.gate(features.x), self.experts(features.x)) * self.num_tasks
+        gate = self.gate(features.x)
+        return self.cut(mix(gate, self.experts(features.x)), gate) * self.num_tasks

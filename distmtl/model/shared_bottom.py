@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from distmtl.model.experts import Experts
 from distmtl.model.layout import Features
+from distmtl.model.weighting import Cut
 
 
 class SharedBottom(nn.Module):
@@ -17,6 +18,7 @@ class SharedBottom(nn.Module):
         super().__init__()
         self.num_tasks, self.output_width = num_tasks, bottom[-1]
         self.bottom = Experts(1, width, bottom, dropout)
+        self.cut = Cut()
 
     def forward(self, features: Features) -> list[Tensor]:
-        return self.bottom(features.x) * self.num_tasks
+        return self.cut(self.bottom(features.x)) * self.num_tasks

@@ -12,6 +12,7 @@ from distmtl.model.experts import Experts
 from distmtl.model.kernels import linear_relu
 from distmtl.model.layout import Features, Layout
 from distmtl.model.normalisation import PartitionedNorm
+from distmtl.model.weighting import Cut
 
 
 class StarLayer(nn.Module):
@@ -60,6 +61,7 @@ class STAR(nn.Module):
         sizes = zip((width, *bottom), bottom, strict=False)
         self.bottom = nn.ModuleList(StarLayer(into, out, layout.domains) for into, out in sizes)
         self.auxiliary = Experts(1, self.parts[1], auxiliary)
+        self.cut = Cut()
 
     def forward(self, features: Features) -> list[Tensor]:
         domain = features.domain
@@ -68,7 +70,7 @@ class STAR(nn.Module):
         x = self.norm(torch.cat([before, after], dim=1), domain, features.real)
         main = self._in_every_domain(x, domain) if torch.compiler.is_exporting() else self._domain_by_domain(x, domain)
         (auxiliary,) = self.auxiliary(embedding)
-        return [torch.cat([main, auxiliary], dim=1)] * self.num_tasks
+        return self.cut([torch.cat([main, auxiliary], dim=1)]) * self.num_tasks
 
     def _domain_by_domain(self, x: Tensor, domain: Tensor) -> Tensor:
         """Rows sorted by domain, each domain's through its own network. Domains without rows are computed too: on every rank every

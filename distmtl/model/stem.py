@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from distmtl.model.experts import Experts, Gate
 from distmtl.model.kernels import mix
 from distmtl.model.layout import Features
+from distmtl.model.weighting import Cut
 
 
 class STEM(nn.Module):
@@ -28,11 +30,13 @@ class STEM(nn.Module):
         self.owners = [*(t for t in range(num_tasks) for _ in range(own)), *[self.shared] * shared]
         self.experts = Experts(len(self.owners), width, expert, dropout)
         self.gates = nn.ModuleList(Gate(width, len(self.owners)) for _ in range(num_tasks))
+        self.cut = Cut([[owner in (t, self.shared) for owner in self.owners] for t in range(num_tasks)])
 
     def forward(self, features: Features) -> list[Tensor]:
         experts = self.experts([features.vectors[owner] for owner in self.owners])
-        out = []
-        for t, gate in enumerate(self.gates):
+        weights = [gate(features.vectors[t] + features.x) for t, gate in enumerate(self.gates)]
+        out: list[Tensor] = []
+        for t, weight in enumerate(weights):
             seen = [f if owner in (t, self.shared) else f.detach() for owner, f in zip(self.owners, experts, strict=True)]
-            out += mix(gate(features.vectors[t] + features.x), seen)
-        return out
+            out += mix(weight, seen)
+        return self.cut(out, torch.cat(weights))

@@ -1,0 +1,103 @@
+"""Cut: where what the tasks share ends. Their gradients are compared there, and surgery puts another in their place.
+
+A gradient that goes on from here into experts, bottoms and tables is one per row; the Gram matrix over all ranks' rows is the sum of the
+ranks' own, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Gradients = list[tuple[Tensor | None, ...]]  # of K losses, at every point
+
+
+class Cut(nn.Module):
+    """The points of a network above which nothing is shared. In training it remembers them, and their gates.
+
+    Where points are mixtures, mₜ = Σₑ gₜₑ·fₑ, what is shared are the experts fₑ: the gradients gₜₑ·∂L/∂mₜ at them are compared, without
+    forming them: ⟨gᵢ, gⱼ⟩ = Σ_rows (Σₑ gᵢₑgⱼₑ)·⟨∂Lᵢ/∂mᵢ, ∂Lⱼ/∂mⱼ⟩. The path of a gradient through a gate, a task's own, is left out.
+
+    Args:
+        trained: (P, E) whether point p sends a gradient to expert e; default: wherever its gate is not 0.
+
+    forward: P points (B, H), gates (P, E, B) or None where the points themselves are shared → the same points
+    """
+
+    def __init__(self, trained: Sequence[Sequence[bool]] | None = None):
+        super().__init__()
+        self.trained = None if trained is None else torch.tensor(trained)
+        self.points: list[Tensor] = []
+        self.gates: Tensor | None = None  # of the last training step
+        self.replacement: list[Tensor | None] | None = None  # gradient of every point, in place of that of the loss
+
+    def forward(self, points: Sequence[Tensor], gates: Tensor | None = None) -> list[Tensor]:
+        if not (self.training and torch.is_grad_enabled()):
+            return list(points)
+        self.replacement, self.gates = None, None if gates is None else gates.detach()
+        self.points = list(_Point.apply(self, *points))
+        return list(self.points)
+
+    def gradients(self, losses: Tensor) -> Gradients:
+        """Of K losses, (K,), at every point; None where a loss does not depend on it. Touches neither parameters nor tables."""
+        found = [torch.autograd.grad(loss, self.points, retain_graph=True, allow_unused=True) for loss in losses.unbind()]
+        self.points = []  # not to keep the graph alive
+        return found
+
+    def gram(self, gradients: Gradients) -> Tensor:
+        """(K, K) float64, of this rank's rows."""
+        overlap, losses = self._overlap(), range(len(gradients))
+        gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+        for k in losses:
+            for other in range(k + 1):
+                parts = [
+                    _inner(a, b, None if overlap is None else overlap[i, j])
+                    for i, a in enumerate(gradients[k])
+                    for j, b in enumerate(gradients[other])
+                    if a is not None and b is not None and (i == j or overlap is not None)
+                ]
+                if parts:
+                    gram[k, other] = gram[other, k] = torch.stack(parts).sum()
+        return gram
+
+    def replace(self, gradients: Gradients, factors: Tensor) -> None:
+        """Let Σₖ factorsₖ·gradientsₖ go on from every point, whatever arrives there. Zero factors replace even what is not finite."""
+        self.replacement = [
+            _sum([torch.where(f == 0, 0.0, f * g) for f, g in zip(factors, of_point, strict=True) if g is not None])
+            for of_point in zip(*gradients, strict=True)
+        ]
+
+    def _overlap(self) -> Tensor | None:
+        """(P, P, B): Σₑ gᵢₑ·gⱼₑ."""
+        if self.gates is None:
+            return None
+        gates = self.gates if self.trained is None else self.gates * self.trained[:, :, None].to(self.gates)
+        return torch.einsum("ieb,jeb->ijb", gates, gates)
+
+
+class _Point(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, cut: Cut, *points: Tensor) -> tuple[Tensor, ...]:
+        ctx.cut = cut
+        return tuple(p.view_as(p) for p in points)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, *(gradients if ctx.cut.replacement is None else ctx.cut.replacement)
+
+
+def _sum(tensors: list[Tensor]) -> Tensor | None:
+    return reduce(add, tensors) if tensors else None
+
+
+def _inner(a: Tensor, b: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ_rows weights·⟨a, b⟩, float64: (B, H), (B, H), (B,) → ()"""
+    rows = torch.linalg.vecdot(a.float(), b.float())
+    return (rows if weights is None else rows * weights).sum(dtype=torch.float64)
