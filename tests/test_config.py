@@ -75,7 +75,11 @@ ONE = {  # place, value → the only mistake
     ),
     "no kind": ("features.4", {"name": "a", "rows": 3}, "features.a: kind is missing; it is one of id, sequence, bucket, numeric, vector"),
     "no kind deeper": ("optimizer.dense", {"lr": 0.1}, "optimizer.dense: kind is missing; it is one of adamw, adam, adagrad, sgd"),
-    "weighting": ("weighting", {"kind": "pcgard"}, "weighting: kind 'pcgard' is not one of static, pcgrad; did you mean 'pcgrad'?"),
+    "weighting": (
+        "weighting", {"kind": "pcgard"},
+        "weighting: kind 'pcgard' is not one of static, pcgrad, mgda, imtl_g, cagrad, nash, aligned, db_mtl; "
+        "did you mean 'pcgrad'?",
+    ),
     # values
     "missing": ("features.0", {"kind": "id", "name": "user"}, "features.user.rows: missing; it must be given"),
     "text for a number": (
@@ -201,6 +205,31 @@ def test_the_size_that_is_suggested_works():
     for batch in (1, 5, 100, 1001):
         (line,) = mistakes(put(raw(), "train.global_batch_size", batch))
         parse_config(put(raw(), "train.global_batch_size", int(line.rsplit(" ", 1)[1])))
+
+
+@pytest.mark.parametrize(
+    ("sections", "refusal"),
+    [
+        (
+            {"weighting": {"kind": "db_mtl"}, "tasks.2": {"kind": "zero_inflated_lognormal", "name": "rating"}},
+            "weighting db_mtl divides by the losses, and that of task 'rating', of a density, may be 0 or below; choose another",
+        ),
+        (
+            {"weighting": {"kind": "nash"}, "model": {"kind": "single_task"}},
+            "weighting nash compares the tasks' gradients in the network that they share, and single_task has none; choose another model, "
+            "or weighting.cut: features, which balances the embeddings that they share",
+        ),
+        (
+            {"weighting": {"kind": "aligned", "cut": "features"}, "features": [{"kind": "numeric", "name": "x"}]},
+            "weighting aligned compares the tasks' gradients at the embeddings, and no feature has any; leave weighting out",
+        ),
+    ],
+)
+def test_gradients_that_cannot_be_weighed(sections, refusal):
+    config = raw()
+    for place, value in sections.items():
+        put(config, place, value)
+    assert mistakes(config) == [refusal]
 
 
 def test_all_mistakes_at_once():

@@ -11,6 +11,9 @@ Tested elsewhere:
     AITM without its calibrator (MTReclib, torch-rechub)                test_task_heads.py, test_calibrator_by_hand
     ESCM² ports, propensity with gradient, mean before weighting        test_funnel.py, test_a_propensity_is_not_taught_…,
                                                                         test_inverse_propensity_weighting_by_hand
+    LibMTL rep_grad, gradients summed over the batch before the Gram    test_cut.py, TestCut (products are row by row)
+    LibMTL IMTL-G, an inverse that collinear gradients have not         test_surgery.py, test_awkward_gradients_give_finite_weights
+    TorchEasyRec Pareto, the same inverse                               test_surgery.py, test_awkward_gradients_give_finite_weights
     TorchEasyRec DBMTL, parents must be listed first                    test_task_heads.py, test_children_may_be_listed_before_…
 """
 
@@ -19,11 +22,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from by_hand import batch_of
 from worlds import run_world
 
@@ -36,6 +41,8 @@ from distmtl.model.head import Head
 from distmtl.model.layout import Features, Layout
 from distmtl.model.loss import JointLoss
 from distmtl.model.multitask import initialise_dense
+from distmtl.model.weighting.surgery import PCGrad
+from distmtl.model.weighting.weighting import Seen
 from distmtl.scores import Scores
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -144,3 +151,49 @@ def test_the_test_split_decides_nothing(tiny_data, tmp_path):
     ((seen, best),) = run_world(measured_splits, 1, config)
     validation = tiny.ROWS["validation"]
     assert best is not None and seen[:3] == [validation] * 3 and seen.count(90) == 1 and seen[-1] == 90
+
+
+def test_pcgrad_does_not_project_a_gradient_onto_itself():
+    """LibMTL's PCGrad visits j = i too, and once vᵢ has turned away from gᵢ, takes vᵢ's part along gᵢ from it."""
+    g = np.array([[1.0, 0.0], [-0.99, 0.14], [-0.5, -0.86]])  # what is left of the first, without the second, points against the first
+    gram, orders = g @ g.T, {}
+    for step in range(40):
+        order = np.random.default_rng((0, step))
+        expected, with_itself = g.copy(), g.copy()
+        for i in range(3):
+            for j in order.permutation(3):
+                for v, allowed in ((expected, j != i), (with_itself, True)):
+                    if allowed and v[i] @ g[j] < 0:
+                        v[i] -= v[i] @ g[j] / (g[j] @ g[j]) * g[j]
+        orders[step] = not np.allclose(expected, with_itself)
+        found = PCGrad(3, 0).weigh(Seen(step, np.arange(3), np.ones(3), gram), {})
+        np.testing.assert_allclose(found @ g, expected.sum(0), rtol=1e-9, atol=1e-12)
+    assert any(orders.values()), "the bug would not show"
+
+
+def pareto_weights(config: Config) -> tuple[list[float], list[list[float]], list[list[float]]]:
+    """λ, the Gram matrix that gave it, and this rank's own, of a step whose ranks see different rows."""
+    rank = dist.get_rank()
+    layout = Layout.of(config)
+    head = Head(config, layout)
+    initialise_dense(head, 0)
+    loss = JointLoss(config, head.cut)
+    torch.manual_seed(rank)
+    x, labels = torch.randn(8, layout.width, requires_grad=True), torch.rand(8, 3).round()
+    batch = batch_of(labels.tolist(), [1.0] * 8)
+    outputs = head(Features((x,)))
+    errors, weights = loss.terms(outputs, batch)
+    own = head.cut.gram(head.cut.gradients((errors * weights).sum(0)))
+    _, numbers = loss(head(Features((x,))), batch)
+    assert numbers.gram is not None
+    return numbers.weighting.tolist(), numbers.gram.tolist(), own.tolist()
+
+
+def test_all_ranks_weigh_alike():
+    """TorchEasyRec's Pareto: every rank weighs by the gradients of its own rows."""
+    config = tiny.config(Path(), Path(), weighting={"kind": "mgda"})
+    (one, gram, own), (other, _, others) = run_world(pareto_weights, 2, config)
+    assert one == other and len(set(one)) > 1
+    assert not np.allclose(own, others)
+    scale = np.array([t.weight for t in config.tasks]) / 16  # 16 rows over both ranks
+    np.testing.assert_allclose(gram, (np.array(own) + np.array(others)) * scale[:, None] * scale, rtol=1e-5)

@@ -84,8 +84,14 @@ from distmtl.config.training import (
     Workers,
 )
 from distmtl.config.weighting import (
+    AlignedMTLWeighting,
+    CAGradWeighting,
+    DualBalancingWeighting,
     GradientWeighting,
+    IMTLGWeighting,
     LossWeighting,
+    MGDAWeighting,
+    NashMTLWeighting,
     PCGradWeighting,
     StaticWeighting,
     WeightingConfig,

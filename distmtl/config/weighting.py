@@ -28,6 +28,11 @@ class GradientWeighting(Strict):
         "features: at the embeddings, one backward pass through the head per task. auto: network where the head shares one.",
     )
 
+    @property
+    def divides_by_losses(self) -> bool:
+        """Whether a loss of 0 or below makes no sense to it."""
+        return False
+
 
 class StaticWeighting(LossWeighting):
     """The tasks' own weights, constant: λ = 1."""
@@ -41,4 +46,63 @@ class PCGradWeighting(GradientWeighting):
     kind: Literal["pcgrad"]
 
 
-WeightingConfig = Annotated[StaticWeighting | PCGradWeighting, Field(discriminator="kind")]
+class MGDAWeighting(GradientWeighting):
+    """Sener and Koltun 2018: the shortest convex combination of the tasks' gradients."""
+
+    kind: Literal["mgda"]
+    normalisation: Literal["none", "l2", "loss", "loss+"] = Field(
+        "none", description="What gradients are divided by before they are combined: nothing, their norm, their loss, or both."
+    )
+
+    @property
+    def divides_by_losses(self) -> bool:
+        return self.normalisation in ("loss", "loss+")
+
+
+class IMTLGWeighting(GradientWeighting):
+    """Liu et al. 2021: a combined gradient with the same projection onto every task's."""
+
+    kind: Literal["imtl_g"]
+
+
+class CAGradWeighting(GradientWeighting):
+    """Liu et al. 2021: near the mean gradient, the one that helps the worst task most."""
+
+    kind: Literal["cagrad"]
+    c: float = Field(0.4, gt=0, description="How far from the mean gradient, relative to its norm; below 1 its optima stay the same.")
+    rescale: bool = Field(True, description="Divide by 1 + c², as the authors' code does.")
+
+
+class NashMTLWeighting(GradientWeighting):
+    """Navon et al. 2022: the gradient that tasks would agree on in Nash's bargaining."""
+
+    kind: Literal["nash"]
+
+
+class AlignedMTLWeighting(GradientWeighting):
+    """Senushkin et al. 2023: gradients made orthogonal and of one norm."""
+
+    kind: Literal["aligned"]
+
+
+class DualBalancingWeighting(GradientWeighting):
+    """Lin et al. 2023 (DB-MTL): gradients of log-losses, all of the largest one's norm."""
+
+    kind: Literal["db_mtl"]
+
+    @property
+    def divides_by_losses(self) -> bool:
+        return True
+
+
+WeightingConfig = Annotated[
+    StaticWeighting
+    | PCGradWeighting
+    | MGDAWeighting
+    | IMTLGWeighting
+    | CAGradWeighting
+    | NashMTLWeighting
+    | AlignedMTLWeighting
+    | DualBalancingWeighting,
+    Field(discriminator="kind"),
+]

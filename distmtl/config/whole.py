@@ -44,7 +44,7 @@ from distmtl.config.tables import (
     ShardingConfig,
     TableConfig,
 )
-from distmtl.config.tasks import BinaryTask, CalibrationConfig, Space, TaskConfig
+from distmtl.config.tasks import BinaryTask, CalibrationConfig, DelayedFeedback, LognormalTask, Space, TaskConfig
 from distmtl.config.training import (
     ClusterConfig,
     EvaluationConfig,
@@ -353,14 +353,24 @@ def _weighted(config: Config) -> list[str]:
         return []
     if sum(t.weight > 0 for t in config.tasks) < 2:
         return [f"weighting {method.kind} balances tasks, and only one has a weight above 0; add a task, or leave weighting out"]
-    if not isinstance(method, GradientWeighting) or method.cut == "features" or config.network.shares:
+    if not isinstance(method, GradientWeighting):
         return []
-    if method.cut == "network" or isinstance(head, SingleTaskConfig):
-        return [
+    out = []
+    if method.divides_by_losses:
+        out += [
+            f"weighting {method.kind} divides by the losses, and that of task {t.name!r}, of a density, may be 0 or below; choose another"
+            for t in config.tasks
+            if isinstance(t, LognormalTask) or isinstance(t, BinaryTask) and isinstance(t.delay, DelayedFeedback)
+        ]
+    at_features = method.cut == "features" or not config.network.shares
+    if method.cut == "network" and at_features or isinstance(head, SingleTaskConfig) and method.cut != "features":
+        out.append(
             f"weighting {method.kind} compares the tasks' gradients in the network that they share, and {config.network.kind} has none; "
             "choose another model, or weighting.cut: features, which balances the embeddings that they share"
-        ]
-    return []
+        )
+    elif at_features and not config.embedded:
+        out.append(f"weighting {method.kind} compares the tasks' gradients at the embeddings, and no feature has any; leave weighting out")
+    return out
 
 
 def _sizes(config: Config) -> list[str]:

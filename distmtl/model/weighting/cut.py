@@ -26,12 +26,14 @@ class Cut(nn.Module):
 
     Args:
         trained: (P, E) whether point p sends a gradient to expert e; default: wherever its gate is not 0.
+        columns: of a point that are compared, the first ones; default: all. Those after them are data, with nothing to be trained below.
 
     forward: P points (B, H), gates (P, E, B) or None where the points themselves are shared → the same points
     """
 
-    def __init__(self, trained: Sequence[Sequence[bool]] | None = None):
+    def __init__(self, trained: Sequence[Sequence[bool]] | None = None, columns: int | None = None):
         super().__init__()
+        self.columns = columns
         self.trained = None if trained is None else torch.tensor(trained)
         self.points: list[Tensor] = []
         self.gates: Tensor | None = None  # of the last training step
@@ -41,11 +43,13 @@ class Cut(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return list(points)
         self.replacement, self.gates = None, None if gates is None else gates.detach()
-        self.points = list(_Point.apply(self, *points))
-        return list(self.points)
+        self.points = list(_Point.apply(self, *points)) if any(p.requires_grad for p in points) else []
+        return list(self.points or points)
 
     def gradients(self, losses: Tensor) -> Gradients:
         """Of K losses, (K,), at every point; None where a loss does not depend on it. Touches neither parameters nor tables."""
+        if not self.points:  # all of them are data
+            return [()] * len(losses)
         found = [torch.autograd.grad(loss, self.points, retain_graph=True, allow_unused=True) for loss in losses.unbind()]
         self.points = []  # not to keep the graph alive
         return found
@@ -57,7 +61,7 @@ class Cut(nn.Module):
         for k in losses:
             for other in range(k + 1):
                 parts = [
-                    _inner(a, b, None if overlap is None else overlap[i, j])
+                    _inner(a[:, : self.columns], b[:, : self.columns], None if overlap is None else overlap[i, j])
                     for i, a in enumerate(gradients[k])
                     for j, b in enumerate(gradients[other])
                     if a is not None and b is not None and (i == j or overlap is not None)

@@ -26,7 +26,8 @@ class Weighting(nn.Module):
     """Balances T tasks. Its state is kept in buffers, and so in checkpoints. λ = 1 everywhere is what no weighting does; methods that
     norm λ in their paper are scaled to Σλ = T.
 
-    forward: step, losses (T,), present (T,) bool, gram (T, T) or None → λ (T,), float64; 1 for an absent task
+    forward: step, losses (T,), present (T,) bool, gram (T, T) or None → λ (T,), float64; 1 for a task that is absent, or has no gradient,
+    or one that is not finite
 
     Args:
         state: what it remembers from step to step, and its start.
@@ -42,7 +43,7 @@ class Weighting(nn.Module):
 
     def forward(self, step: int, losses: Tensor, present: Tensor, gram: Tensor | None) -> Tensor:
         if gram is not None:
-            present = present & (gram.diagonal() > 0)
+            present = present & (gram.diagonal() > 0) & gram.diagonal().isfinite()
         tasks = present.nonzero()[:, 0].cpu().numpy()
         weights = np.ones(self.tasks)
         if len(tasks) >= 2:
