@@ -75,7 +75,15 @@ ONE = {  # place, value → the only mistake
     ),
     "no kind": ("features.4", {"name": "a", "rows": 3}, "features.a: kind is missing; it is one of id, sequence, bucket, numeric, vector"),
     "no kind deeper": ("optimizer.dense", {"lr": 0.1}, "optimizer.dense: kind is missing; it is one of adamw, adam, adagrad, sgd"),
-    "weighting": ("weighting", {"kind": "pcgard"}, "weighting: kind 'pcgard' is not one of static, pcgrad; did you mean 'pcgrad'?"),
+    "weighting": (
+        "weighting", {"kind": "pcgard"},
+        "weighting: kind 'pcgard' is not one of static, uncertainty, dwa, rlw, imtl_l, famo, bandit, gradnorm, pcgrad; "
+        "did you mean 'pcgrad'?",
+    ),
+    "weighting of another kind": (
+        "weighting", {"kind": "imtl_l", "window": 5}, "weighting.window: unknown key for this kind; it belongs to dwa",
+    ),
+    "a boost that is none": ("weighting", {"kind": "bandit", "boost": 1.0}, "weighting.boost: input should be greater than 1, got 1.0"),
     # values
     "missing": ("features.0", {"kind": "id", "name": "user"}, "features.user.rows: missing; it must be given"),
     "text for a number": (

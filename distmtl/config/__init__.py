@@ -84,10 +84,17 @@ from distmtl.config.training import (
     Workers,
 )
 from distmtl.config.weighting import (
+    BanditWeighting,
+    DWAWeighting,
+    FAMOWeighting,
     GradientWeighting,
+    GradNormWeighting,
+    IMTLLWeighting,
     LossWeighting,
     PCGradWeighting,
+    RLWWeighting,
     StaticWeighting,
+    UncertaintyWeighting,
     WeightingConfig,
 )
 from distmtl.config.whole import (

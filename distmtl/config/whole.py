@@ -44,7 +44,7 @@ from distmtl.config.tables import (
     ShardingConfig,
     TableConfig,
 )
-from distmtl.config.tasks import BinaryTask, CalibrationConfig, Space, TaskConfig
+from distmtl.config.tasks import BinaryTask, CalibrationConfig, DelayedFeedback, LognormalTask, Space, TaskConfig
 from distmtl.config.training import (
     ClusterConfig,
     EvaluationConfig,
@@ -52,7 +52,17 @@ from distmtl.config.training import (
     RunConfig,
     TrainConfig,
 )
-from distmtl.config.weighting import GradientWeighting, StaticWeighting, WeightingConfig
+from distmtl.config.weighting import (
+    BanditWeighting,
+    DWAWeighting,
+    FAMOWeighting,
+    GradientWeighting,
+    GradNormWeighting,
+    IMTLLWeighting,
+    StaticWeighting,
+    UncertaintyWeighting,
+    WeightingConfig,
+)
 
 MONITORS = ("loss", *dict.fromkeys(m for kind in get_args(get_args(TaskConfig)[0]) for m in kind.metrics))
 
@@ -293,6 +303,11 @@ def _reweighted(task: TaskConfig) -> bool:
     return isinstance(task, BinaryTask) and bool(task.focal or task.pos_weight != 1.0)
 
 
+def _waits(task: TaskConfig) -> bool:
+    """Whether the time until it happens is part of its loss."""
+    return isinstance(task, BinaryTask) and isinstance(task.delay, DelayedFeedback)
+
+
 def _before(config: Config, task: TaskConfig) -> dict[str, None]:
     """Names of a task and all that must have happened before it."""
     parents = [config.tasks[config.task(p)] for p in config.conditions(task)]
@@ -353,6 +368,16 @@ def _weighted(config: Config) -> list[str]:
         return []
     if sum(t.weight > 0 for t in config.tasks) < 2:
         return [f"weighting {method.kind} balances tasks, and only one has a weight above 0; add a task, or leave weighting out"]
+    if isinstance(method, BanditWeighting) and not config.data.validation:
+        return ["weighting bandit is rewarded by the loss on the validation split; set data.validation"]
+    if isinstance(method, UncertaintyWeighting | DWAWeighting | IMTLLWeighting | FAMOWeighting | GradNormWeighting):
+        densities = [t for t in config.tasks if t.weight and (isinstance(t, LognormalTask) or _waits(t))]
+        if densities:
+            return [
+                f"task {t.name!r}: its loss, a density's, may fall below 0, where weighting {method.kind} means nothing; choose rlw, "
+                "bandit, or a weighting of gradients other than gradnorm"
+                for t in densities
+            ]
     if not isinstance(method, GradientWeighting) or method.cut == "features" or config.network.shares:
         return []
     if method.cut == "network" or isinstance(head, SingleTaskConfig):
