@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 VISIBLE_WITHIN_S = 60.0  # a shared disk may show a machine what another one wrote only after a while
 READ_BYTES = 1 << 22
 NAME = re.compile(r"step-(\d+)-(\d+)")
+WEIGHTING = "loss.weighting."  # begins the names of what balances the tasks: no weights of the model, but state of its training
 
 
 @dataclass(frozen=True)
@@ -281,25 +282,27 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizers: Any) -> None:
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Fill a built model that will not be trained."""
-    _load(checkpoint, table_state(model), dense_tensors(model))
+    """Fill a built model that will not be trained, or whose training begins: without what other training has left."""
+    _load(checkpoint, table_state(model), _weights(model))
 
 
 @dataclass(frozen=True)
 class Changes:
     """What a changed config makes of a checkpoint's parts, besides their shapes.
 
+    weighting: why the saved state of what balances the tasks means nothing now, "" if it does.
     former: name and shape of a dense parameter → its name in the checkpoint, and why it starts anew all the same ("" if it does not).
     """
 
     tables: dict[str, str]  # table → why its saved rows mean nothing now
     optimizers: dict[str, str]  # table → why its saved optimizer state does
+    weighting: str = ""
     former: Callable[[str, torch.Size], tuple[str, str]] = lambda name, shape: (name, "")
 
 
 def load_matching(checkpoint: Checkpoint, model: nn.Module, optimizers: Any | None, changes: Changes) -> list[str]:
     """Fill what the checkpoint has: tables of the same name and width, of no fewer rows now; dense parameters of the same role
-    and shape. The rest keeps its initial values. Without `optimizers`, weights alone.
+    and shape. The rest keeps its initial values. Without `optimizers`, weights alone, no state of what balances the tasks.
 
     Returns what was not loaded, and what was left behind, each with the reason.
     """
@@ -310,7 +313,10 @@ def load_matching(checkpoint: Checkpoint, model: nn.Module, optimizers: Any | No
     left = {table_of(n) for n in saved} - {table_of(n) for n in state}
     notes += [f"table {t} of the checkpoint is left behind: the config has none of that name" for t in sorted(left)]
     blob = _read_state(checkpoint, matching)
-    dense = dense_tensors(model)
+    dense = dense_tensors(model) if optimizers and not changes.weighting else _weights(model)
+    of_weighting = {n for n in blob["parameters"] if n.startswith(WEIGHTING)}
+    if optimizers and changes.weighting and (of_weighting or dense.keys() < dense_tensors(model).keys()):
+        notes.append(f"weighting: its state starts anew: it {changes.weighting}")
     former = {name: changes.former(name, p.shape) for name, p in dense.items()}
     loaded: dict[str, str] = {}  # name → its name in the checkpoint
     with torch.no_grad():
@@ -322,7 +328,7 @@ def load_matching(checkpoint: Checkpoint, model: nn.Module, optimizers: Any | No
             else:
                 parameter.copy_(old)
                 loaded[name] = then
-    left = blob["parameters"].keys() - {then for then, _ in former.values()}
+    left = blob["parameters"].keys() - of_weighting - {then for then, _ in former.values()}
     notes += [f"{name} of the checkpoint is left behind" for name in sorted(left)]
     if optimizers:
         optimizers.load_dense_state({n: blob["optimizer"][then] for n, then in loaded.items() if then in blob["optimizer"]})
@@ -395,7 +401,8 @@ def _crc32(path: Path) -> int:
 def _load(checkpoint: Checkpoint, sharded: dict[str, Any], dense: dict[str, torch.Tensor]) -> dict[str, Any]:
     verify(checkpoint)
     saved = _read_state(checkpoint, sharded)
-    if differing := sorted(saved["parameters"].keys() ^ dense.keys()):
+    then = {n for n in saved["parameters"] if n in dense or not n.startswith(WEIGHTING)}
+    if differing := sorted(then ^ dense.keys()):
         raise DistmtlError(f"checkpoint {checkpoint.path}: its dense parameters are not this model's, such as {differing[0]}")
     with torch.no_grad():
         for name, parameter in dense.items():
@@ -429,8 +436,14 @@ def table_state(model: nn.Module, optimizers: Any | None = None) -> dict[str, An
 
 
 def dense_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds beside the tables: dense parameters, and buffers such as running means; equal on all ranks."""
+    """Everything that a checkpoint holds beside the tables: dense parameters, buffers such as running means, and the state of what
+    balances the tasks; equal on all ranks."""
     return {name: value for name, value in model.state_dict().items() if not hasattr(value, "local_shards")}
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Of `dense_tensors`, what the model computes with."""
+    return {name: value for name, value in dense_tensors(model).items() if not name.startswith(WEIGHTING)}
 
 
 def table_of(name: str) -> str:

@@ -359,6 +359,7 @@ class Training:
         except DistmtlError as e:
             return e
         self.measured = {(state.step, "validation"): metrics}
+        self.train_model.loss.weighting.evaluated(loss)
         best = state.best_value is None or better(value, state.best_value, monitor)
         if best:
             state.best_step, state.best_value, state.evaluations_without_best = state.step, value, 0

@@ -47,7 +47,8 @@ FREE_FROM_WEIGHTS = (
 
 # What `--resume-policy matching` may change besides: what a model is made of.
 FREE_IF_MATCHING = (
-    "features.*", "tables.*", "tasks.*", "interaction*", "model.*", "optimizer.tables.*", "optimizer.clip_norm", "sharding.*",
+    "features.*", "tables.*", "tasks.*", "interaction*", "model.*", "weighting.*", "optimizer.tables.*", "optimizer.clip_norm",
+    "sharding.*",
 )  # fmt: skip
 ResumePolicy = Literal["strict", "matching"]
 
@@ -149,8 +150,9 @@ def checkpoint_config(found: Checkpoint) -> Config:
 
 
 def same_model(config: Config, found: Checkpoint) -> bool:
-    """Whether a checkpoint's tables, their optimizers' state and its dense parameters are the config's, each and all."""
-    old, parts = checkpoint_config(found), {"features", "tasks", "interaction", "model"}
+    """Whether a checkpoint's tables, their optimizers' state, its dense parameters and its weighting's state are the config's, each and
+    all."""
+    old, parts = checkpoint_config(found), {"features", "tasks", "interaction", "model", "weighting"}
     return old.model_dump(include=parts) == config.model_dump(include=parts) and not _other_optimizers(config, old)
 
 
@@ -173,7 +175,7 @@ def changes(config: Config, found: Checkpoint, train_set: Dataset) -> Changes:
                 tables[feature.table_name] = f"is read by {feature.name!r}, whose ids are hashed to other rows now"
         elif any(isinstance(f, BucketFeature) for f in before):
             tables[feature.table_name] = f"was read by {before[0].name!r}, a bucket"
-    return Changes(tables, _other_optimizers(config, old), _former_name(config, old))
+    return Changes(tables, _other_optimizers(config, old), _other_weighting(config, old), _former_name(config, old))
 
 
 def _extra_rows_moved(now: Ids, then: Ids | BucketFeature) -> bool:
@@ -194,6 +196,14 @@ def _other_optimizers(config: Config, old: Config) -> dict[str, str]:
     tables = {f.table_name for f in config.embedded} & {f.table_name for f in old.embedded}
     kinds = {t: (old.table_optimizer(t).kind, config.table_optimizer(t).kind) for t in sorted(tables)}
     return {t: f"was {then}'s, is {now}'s" for t, (then, now) in kinds.items() if then != now}
+
+
+def _other_weighting(config: Config, old: Config) -> str:
+    """Why the state that was saved of it is of no use, "" if it is."""
+    now, then = (([(t.name, t.kind, t.weight) for t in c.tasks], c.weighting.kind) for c in (config, old))
+    if now[1] != then[1]:
+        return f"was {then[1]}, is {now[1]}"
+    return "" if now == then else "balances tasks that are others, in another order or of other weights, now"
 
 
 READ_IN_PARTS = ("home", "star", "pepnet")  # heads with weights as wide as some of the features' columns

@@ -77,9 +77,13 @@ ONE = {  # place, value → the only mistake
     "no kind deeper": ("optimizer.dense", {"lr": 0.1}, "optimizer.dense: kind is missing; it is one of adamw, adam, adagrad, sgd"),
     "weighting": (
         "weighting", {"kind": "pcgard"},
-        "weighting: kind 'pcgard' is not one of static, pcgrad, mgda, imtl_g, cagrad, nash, aligned, db_mtl; "
-        "did you mean 'pcgrad'?",
+        "weighting: kind 'pcgard' is not one of static, uncertainty, dwa, rlw, imtl_l, famo, bandit, gradnorm, pcgrad, mgda, imtl_g, "
+        "cagrad, nash, aligned, db_mtl; did you mean 'pcgrad'?",
     ),
+    "weighting of another kind": (
+        "weighting", {"kind": "imtl_l", "window": 5}, "weighting.window: unknown key for this kind; it belongs to dwa",
+    ),
+    "a boost that is none": ("weighting", {"kind": "bandit", "boost": 1.0}, "weighting.boost: input should be greater than 1, got 1.0"),
     # values
     "missing": ("features.0", {"kind": "id", "name": "user"}, "features.user.rows: missing; it must be given"),
     "text for a number": (
@@ -212,7 +216,8 @@ def test_the_size_that_is_suggested_works():
     [
         (
             {"weighting": {"kind": "db_mtl"}, "tasks.2": {"kind": "zero_inflated_lognormal", "name": "rating"}},
-            "weighting db_mtl divides by the losses, and that of task 'rating', of a density, may be 0 or below; choose another",
+            "task 'rating': its loss, a density's, may fall below 0, where weighting db_mtl means nothing; choose rlw, bandit, or a "
+            "weighting of gradients such as pcgrad",
         ),
         (
             {"weighting": {"kind": "nash"}, "model": {"kind": "single_task"}},

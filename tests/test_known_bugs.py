@@ -15,10 +15,16 @@ Tested elsewhere:
     LibMTL IMTL-G, an inverse that collinear gradients have not         test_surgery.py, test_awkward_gradients_give_finite_weights
     TorchEasyRec Pareto, the same inverse                               test_surgery.py, test_awkward_gradients_give_finite_weights
     TorchEasyRec DBMTL, parents must be listed first                    test_task_heads.py, test_children_may_be_listed_before_…
+    torch-rechub GradNorm, training with it fails (loss not assigned)   distributed/test_changed_weighting.py
+    torch-rechub GradNorm, one target for all tasks                     test_loss_weighting.py, test_gradnorm_by_autograd
+    torch-rechub UWL, s stuck where a loss is below ½                   test_loss_weighting.py, test_where_constant_losses_lead
+    LibMTL RLW, λ that add up to 1 where other methods' add up to T     test_loss_weighting.py, test_rlw_is_drawn_by_seed_and_step
 """
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +47,7 @@ from distmtl.model.head import Head
 from distmtl.model.layout import Features, Layout
 from distmtl.model.loss import JointLoss
 from distmtl.model.multitask import initialise_dense
+from distmtl.model.weighting import Cut
 from distmtl.model.weighting.surgery import PCGrad
 from distmtl.model.weighting.weighting import Seen
 from distmtl.scores import Scores
@@ -197,3 +204,46 @@ def test_all_ranks_weigh_alike():
     assert not np.allclose(own, others)
     scale = np.array([t.weight for t in config.tasks]) / 16  # 16 rows over both ranks
     np.testing.assert_allclose(gram, (np.array(own) + np.array(others)) * scale[:, None] * scale, rtol=1e-5)
+
+
+LABELS = [[1, 0, 0.3], [0, 1, 2.0], [1, 1, -1.0], [0, 0, 0.0]]
+
+
+def test_gradnorm_reads_where_sharing_ends():
+    """torch-rechub's GradNorm: share_layers[-0] is the first embedding table, not the last shared layer."""
+    cut, first, last = Cut(), torch.randn(6, 5, requires_grad=True), torch.randn(5, 3)
+    loss = JointLoss(tiny.config(Path(), Path(), weighting={"kind": "gradnorm", "alpha": 0.0, "lr": 0.1}), cut)
+    (shared,) = cut([torch.randn(4, 6) @ first])
+    outputs, batch = shared @ last, batch_of(LABELS, [1.0] * 4)
+    sums = [(error.sum() * weight / 4) for error, weight in zip(loss.terms(outputs, batch)[0].T, (1.0, 1.0, 0.5), strict=True)]
+    norms = torch.stack([torch.autograd.grad(s, shared, retain_graph=True)[0].norm() for s in sums]).double()
+    numbers = loss(outputs, batch)[1]
+    torch.testing.assert_close(numbers.gram.diagonal(), norms**2)
+    moved = 1 - 0.1 * (norms - norms.mean()).sign()
+    torch.testing.assert_close(loss.weighting.weights, 3 * moved / moved.sum())
+
+
+class Held(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, held):
+        ctx.held = held
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+@pytest.mark.parametrize("kind", ["famo", "dwa", "gradnorm"])
+def test_no_step_keeps_the_graph_of_the_one_before(kind):
+    """Both FAMOs: the losses are remembered with their graph, which lives until the step after."""
+    cut, held = Cut(), type("Marker", (), {})()
+    alive, loss = weakref.ref(held), JointLoss(tiny.config(Path(), Path(), weighting={"kind": kind}), cut)
+    (x,) = cut([Held.apply(torch.randn(4, 3, requires_grad=True), held)])
+    value, numbers = loss(x, batch_of(LABELS, [1.0] * 4))
+    value.backward()
+    del x, value, held
+    if kind != "gradnorm":
+        cut.points = []  # only a weighting that reads gradients takes them up
+    gc.collect()
+    assert alive() is None and not numbers.losses.requires_grad

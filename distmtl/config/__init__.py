@@ -85,15 +85,22 @@ from distmtl.config.training import (
 )
 from distmtl.config.weighting import (
     AlignedMTLWeighting,
+    BanditWeighting,
     CAGradWeighting,
     DualBalancingWeighting,
+    DWAWeighting,
+    FAMOWeighting,
     GradientWeighting,
+    GradNormWeighting,
     IMTLGWeighting,
+    IMTLLWeighting,
     LossWeighting,
     MGDAWeighting,
     NashMTLWeighting,
     PCGradWeighting,
+    RLWWeighting,
     StaticWeighting,
+    UncertaintyWeighting,
     WeightingConfig,
 )
 from distmtl.config.whole import (

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from distmtl.config.base import Strict
+from distmtl.config.base import Share, Strict, Unit
 
 Cut = Literal["auto", "network", "features"]
 
 
-class LossWeighting(Strict):
+class Weighting(Strict):
+    reads_gradients: ClassVar[bool] = False
+    of_positive_losses: ClassVar[bool] = False  # whether it takes logarithms or ratios of the losses
+
+
+class LossWeighting(Weighting):
     """λ from the losses alone."""
 
-    reads_gradients: ClassVar[bool] = False
 
-
-class GradientWeighting(Strict):
+class GradientWeighting(Weighting):
     """λ from the Gram matrix ⟨gᵢ, gⱼ⟩ of the tasks' gradients where what they share ends (model/weighting/cut.py)."""
 
     reads_gradients: ClassVar[bool] = True
@@ -28,16 +31,78 @@ class GradientWeighting(Strict):
         "features: at the embeddings, one backward pass through the head per task. auto: network where the head shares one.",
     )
 
-    @property
-    def divides_by_losses(self) -> bool:
-        """Whether a loss of 0 or below makes no sense to it."""
-        return False
-
 
 class StaticWeighting(LossWeighting):
     """The tasks' own weights, constant: λ = 1."""
 
     kind: Literal["static"] = "static"
+
+
+class UncertaintyWeighting(LossWeighting):
+    """Kendall et al. 2018: every task has a noise that is learnt, and counts the less the larger it is."""
+
+    of_positive_losses = True
+
+    kind: Literal["uncertainty"]
+    form: Literal["kendall", "liebel_koerner"] = Field(
+        "kendall", description="Of the noise's own loss: ½·ln σ², or Liebel and Körner's ln(1 + σ²), never below 0."
+    )
+    lr: PositiveFloat = Field(0.01, description="Adam's, for ln σ².")
+
+
+class DWAWeighting(LossWeighting):
+    """Liu et al. 2019, dynamic weight average: a task counts the more the slower its loss falls."""
+
+    of_positive_losses = True
+
+    kind: Literal["dwa"]
+    window: PositiveInt = Field(100, description="Steps whose mean losses are compared, in place of the paper's epochs.")
+    temperature: PositiveFloat = Field(2.0, description="The larger, the more equal.")
+
+
+class RLWWeighting(LossWeighting):
+    """Lin et al. 2022, random loss weighting: a fresh softmax of normal numbers in every step."""
+
+    kind: Literal["rlw"]
+
+
+class IMTLLWeighting(LossWeighting):
+    """Liu et al. 2021, IMTL-L: a factor per task is learnt that makes all losses alike."""
+
+    of_positive_losses = True
+
+    kind: Literal["imtl_l"]
+    lr: PositiveFloat = Field(0.01, description="Adam's, for the logarithm of the factor.")
+
+
+class FAMOWeighting(LossWeighting):
+    """Liu et al. 2023, FAMO: all tasks' losses are to fall by the same share; here by a running mean of losses, over batches."""
+
+    of_positive_losses = True
+
+    kind: Literal["famo"]
+    lr: PositiveFloat = Field(0.025, description="Adam's, for the tasks' logits.")
+    weight_decay: NonNegativeFloat = Field(1e-3, description="Pulls the logits to 0.")
+    smoothing: Unit = Field(0.5, description="Share of the past in the running mean of ln L that a new loss is compared with.")
+
+
+class BanditWeighting(LossWeighting):
+    """A bandit whose arms are λ: all equal, or one task raised; its reward is how much the validation loss fell."""
+
+    kind: Literal["bandit"]
+    boost: float = Field(2.0, gt=1.0, description="What a raised task counts against the others.")
+    discount: Share = Field(0.9, description="What a reward is worth one evaluation later.")
+    exploration: NonNegativeFloat = Field(0.5, description="How much an arm's uncertainty counts against its mean reward of -1 to 1.")
+
+
+class GradNormWeighting(GradientWeighting):
+    """Chen et al. 2018: gradients of like norm, larger ones for tasks that lag behind."""
+
+    of_positive_losses = True
+
+    kind: Literal["gradnorm"]
+    alpha: NonNegativeFloat = Field(1.5, description="How much more a task that lags behind is pulled; 0: equal norms.")
+    lr: PositiveFloat = Field(0.025, description="Adam's, for λ.")
 
 
 class PCGradWeighting(GradientWeighting):
@@ -55,7 +120,7 @@ class MGDAWeighting(GradientWeighting):
     )
 
     @property
-    def divides_by_losses(self) -> bool:
+    def of_positive_losses(self) -> bool:  # type: ignore[override]
         return self.normalisation in ("loss", "loss+")
 
 
@@ -88,15 +153,20 @@ class AlignedMTLWeighting(GradientWeighting):
 class DualBalancingWeighting(GradientWeighting):
     """Lin et al. 2023 (DB-MTL): gradients of log-losses, all of the largest one's norm."""
 
-    kind: Literal["db_mtl"]
+    of_positive_losses = True
 
-    @property
-    def divides_by_losses(self) -> bool:
-        return True
+    kind: Literal["db_mtl"]
 
 
 WeightingConfig = Annotated[
     StaticWeighting
+    | UncertaintyWeighting
+    | DWAWeighting
+    | RLWWeighting
+    | IMTLLWeighting
+    | FAMOWeighting
+    | BanditWeighting
+    | GradNormWeighting
     | PCGradWeighting
     | MGDAWeighting
     | IMTLGWeighting

@@ -52,7 +52,7 @@ from distmtl.config.training import (
     RunConfig,
     TrainConfig,
 )
-from distmtl.config.weighting import GradientWeighting, StaticWeighting, WeightingConfig
+from distmtl.config.weighting import BanditWeighting, GradientWeighting, StaticWeighting, WeightingConfig
 
 MONITORS = ("loss", *dict.fromkeys(m for kind in get_args(get_args(TaskConfig)[0]) for m in kind.metrics))
 
@@ -293,6 +293,11 @@ def _reweighted(task: TaskConfig) -> bool:
     return isinstance(task, BinaryTask) and bool(task.focal or task.pos_weight != 1.0)
 
 
+def _waits(task: TaskConfig) -> bool:
+    """Whether the time until it happens is part of its loss."""
+    return isinstance(task, BinaryTask) and isinstance(task.delay, DelayedFeedback)
+
+
 def _before(config: Config, task: TaskConfig) -> dict[str, None]:
     """Names of a task and all that must have happened before it."""
     parents = [config.tasks[config.task(p)] for p in config.conditions(task)]
@@ -353,15 +358,18 @@ def _weighted(config: Config) -> list[str]:
         return []
     if sum(t.weight > 0 for t in config.tasks) < 2:
         return [f"weighting {method.kind} balances tasks, and only one has a weight above 0; add a task, or leave weighting out"]
-    if not isinstance(method, GradientWeighting):
-        return []
+    if isinstance(method, BanditWeighting) and not config.data.validation:
+        return ["weighting bandit is rewarded by the loss on the validation split; set data.validation"]
     out = []
-    if method.divides_by_losses:
+    if method.of_positive_losses:
         out += [
-            f"weighting {method.kind} divides by the losses, and that of task {t.name!r}, of a density, may be 0 or below; choose another"
+            f"task {t.name!r}: its loss, a density's, may fall below 0, where weighting {method.kind} means nothing; choose rlw, bandit, "
+            "or a weighting of gradients such as pcgrad"
             for t in config.tasks
-            if isinstance(t, LognormalTask) or isinstance(t, BinaryTask) and isinstance(t.delay, DelayedFeedback)
+            if t.weight and (isinstance(t, LognormalTask) or _waits(t))
         ]
+    if not isinstance(method, GradientWeighting):
+        return out
     at_features = method.cut == "features" or not config.network.shares
     if method.cut == "network" and at_features or isinstance(head, SingleTaskConfig) and method.cut != "features":
         out.append(

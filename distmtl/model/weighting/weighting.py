@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,19 +49,26 @@ class Weighting(nn.Module):
         tasks = present.nonzero()[:, 0].cpu().numpy()
         weights = np.ones(self.tasks)
         if len(tasks) >= 2:
-            state = {name: buffer.cpu().numpy().copy() for name, buffer in self.named_buffers()}
             of_tasks = None if gram is None else gram.cpu().numpy()[np.ix_(tasks, tasks)]
-            weights[tasks] = self.weigh(Seen(step, tasks, losses.cpu().numpy()[tasks], of_tasks), state)
-            for name, buffer in self.named_buffers():
-                buffer.copy_(torch.from_numpy(state[name]))
+            with self.state() as state:
+                weights[tasks] = self.weigh(Seen(step, tasks, losses.cpu().numpy()[tasks], of_tasks), state)
         return torch.from_numpy(weights).to(losses.device)
 
     def weigh(self, seen: Seen, state: State) -> np.ndarray:
         """λ of the n ≥ 2 tasks that are present; changes `state` in place."""
         raise NotImplementedError
 
+    @contextmanager
+    def state(self) -> Iterator[State]:
+        """The buffers' values, to be changed in place."""
+        state = {name: buffer.cpu().numpy().copy() for name, buffer in self.named_buffers()}
+        yield state
+        for name, buffer in self.named_buffers():
+            buffer.copy_(torch.from_numpy(state[name]))
+
     def evaluated(self, loss: float) -> None:
-        """Told after every evaluation: the joint loss, by the tasks' own weights, on the validation split."""
+        """Told during training after every evaluation: the joint loss, by the tasks' own weights, on the validation split. Equal on
+        all ranks."""
 
 
 class Static(Weighting):
