@@ -276,13 +276,13 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizers: Any) -> None:
     Raises:
         DistmtlError: it cannot be read, or holds another model; on all ranks.
     """
-    saved = _load(checkpoint, table_state(model, optimizers), dense_tensors(model))
+    saved = _load(checkpoint, model, optimizers)
     optimizers.load_dense_state(saved["optimizer"])
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Fill a built model that will not be trained."""
-    _load(checkpoint, table_state(model), dense_tensors(model))
+    """Fill a built model that will not be trained, or not go on as the checkpoint's run: what that weighted tasks by is left behind."""
+    _load(checkpoint, model)
 
 
 @dataclass(frozen=True)
@@ -310,19 +310,21 @@ def load_matching(checkpoint: Checkpoint, model: nn.Module, optimizers: Any | No
     left = {table_of(n) for n in saved} - {table_of(n) for n in state}
     notes += [f"table {t} of the checkpoint is left behind: the config has none of that name" for t in sorted(left)]
     blob = _read_state(checkpoint, matching)
-    dense = dense_tensors(model)
+    dense, parameters = dense_tensors(model), blob["parameters"]
+    if optimizers is None:
+        dense, parameters = weights(dense), weights(parameters)
     former = {name: changes.former(name, p.shape) for name, p in dense.items()}
     loaded: dict[str, str] = {}  # name → its name in the checkpoint
     with torch.no_grad():
         for name, parameter in dense.items():
             then, why = former[name]
-            old = blob["parameters"].get(then)
+            old = parameters.get(then)
             if why := why or _unlike(getattr(old, "shape", None), parameter.shape):
                 notes.append(f"{name} starts anew: it {why}")
             else:
                 parameter.copy_(old)
                 loaded[name] = then
-    left = blob["parameters"].keys() - {then for then, _ in former.values()}
+    left = parameters.keys() - {then for then, _ in former.values()}
     notes += [f"{name} of the checkpoint is left behind" for name in sorted(left)]
     if optimizers:
         optimizers.load_dense_state({n: blob["optimizer"][then] for n, then in loaded.items() if then in blob["optimizer"]})
@@ -392,14 +394,17 @@ def _crc32(path: Path) -> int:
     return number
 
 
-def _load(checkpoint: Checkpoint, sharded: dict[str, Any], dense: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _load(checkpoint: Checkpoint, model: nn.Module, optimizers: Any | None = None) -> dict[str, Any]:
     verify(checkpoint)
-    saved = _read_state(checkpoint, sharded)
-    if differing := sorted(saved["parameters"].keys() ^ dense.keys()):
+    saved = _read_state(checkpoint, table_state(model, optimizers))
+    dense, parameters = dense_tensors(model), saved["parameters"]
+    if optimizers is None:
+        dense, parameters = weights(dense), weights(parameters)
+    if differing := sorted(parameters.keys() ^ dense.keys()):
         raise DistmtlError(f"checkpoint {checkpoint.path}: its dense parameters are not this model's, such as {differing[0]}")
     with torch.no_grad():
         for name, parameter in dense.items():
-            parameter.copy_(saved["parameters"][name])
+            parameter.copy_(parameters[name])
     return saved
 
 
@@ -431,6 +436,11 @@ def table_state(model: nn.Module, optimizers: Any | None = None) -> dict[str, An
 def dense_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint holds beside the tables: dense parameters, and buffers such as running means; equal on all ranks."""
     return {name: value for name, value in model.state_dict().items() if not hasattr(value, "local_shards")}
+
+
+def weights(dense: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of `dense_tensors` the model's own, without the state by which its tasks are weighted."""
+    return {name: value for name, value in dense.items() if not name.startswith("loss.")}
 
 
 def table_of(name: str) -> str:

@@ -226,7 +226,9 @@ def _former_name(config: Config, old: Config) -> Any:
             if task not in then:
                 return "", f"is of the {task[1]} task {task[0]!r}, which the checkpoint does not have"
             name = f"{before}{then.index(task)}{after}"
-        if ".sharing." in name and not experts_fit:
+        if name.startswith("loss.weighting.") and now != then:
+            why = "weighs tasks that are others, or in another order, now"
+        elif ".sharing." in name and not experts_fit:
             why = "has its experts dealt to the tasks in another way now"
         elif ".imputation." in name and spaces[0] != spaces[1]:
             why = "imputes the errors of tasks that are others, or in another order, now"
