@@ -100,6 +100,13 @@ def test_rows_that_count_for_no_task_have_no_influence(tiny_data, tmp_path, kind
         torch.testing.assert_close(gradients, other_gradients, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_config_knows_which_heads_have_a_cut(kind):
+    """By it gradient methods are refused before anything is built."""
+    config = config_for(kind, Path(), Path())
+    assert hasattr(Head(config, Layout.of(config)).sharing, "cut") == config.network.shares
+
+
 class Program(nn.Module):
     """What is exported: vectors and domain → outputs."""
 
