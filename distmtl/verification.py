@@ -21,7 +21,7 @@ from torchrec import JaggedTensor
 
 from distmtl import checkpoint
 from distmtl.batch import Batch
-from distmtl.config import Config, Ids, TableConfig
+from distmtl.config import Config, Ids, StaticWeighting, TableConfig
 from distmtl.config_file import parse_config
 from distmtl.distributed.process import process_group, quieten
 from distmtl.distributed.ranks import run_ranks
@@ -29,10 +29,13 @@ from distmtl.distributed.sharding import local_shards
 from distmtl.evaluation import evaluate
 from distmtl.loop import Training, open_splits, train
 from distmtl.model.embeddings import DenseColumns
+from distmtl.model.experts import Experts
 from distmtl.model.head import Head
+from distmtl.model.home import NormalisedExperts
 from distmtl.model.layout import Features, Layout
 from distmtl.model.loss import Terms
 from distmtl.model.sequences import SequencePooling
+from distmtl.model.weighting import weighting
 from distmtl.optim import dense_optimizer
 from distmtl.progress import Progress
 from distmtl.storage import place
@@ -41,6 +44,7 @@ STEPS = 6
 MAX_TABLE_ROWS = 100_000  # larger tables are shrunk, their ids hashed into them
 MAX_BATCH = 2048
 LOSS_TOLERANCE = 1e-5
+WEIGHTING_TOLERANCE = 1e-4
 METRIC_TOLERANCE = 1e-6
 State = dict[str, Tensor]
 
@@ -118,12 +122,12 @@ def shrink(config: Config, folder: str) -> tuple[Config, list[str]]:
 
 def _checks(config: Config, workers: int, folder: Path) -> Iterator[Check]:
     one = run_ranks(short_run, 1, config)
-    yield Check(
-        "unsharded = sharded",
-        "losses of plain PyTorch and of TorchRec on 1 worker",
-        _apart(unsharded_run(config, one)[0], one[0].losses),
-        LOSS_TOLERANCE,
-    )
+    losses, weights, _ = unsharded_run(config, one)
+    plain = "of plain PyTorch and of TorchRec on 1 worker"
+    yield Check("unsharded = sharded", f"losses {plain}", _apart(losses, one[0].losses), LOSS_TOLERANCE)
+    if not isinstance(config.weighting, StaticWeighting):
+        off = _apart(weights, one[0].weighting) / float(weights.abs().max())
+        yield Check(f"weighting {config.weighting.kind}", f"tasks' weights {plain}", off, WEIGHTING_TOLERANCE)
     many = run_ranks(short_run, workers, config)
     yield Check(f"1 = {workers} workers", "losses", _apart(one[0].losses, many[0].losses), LOSS_TOLERANCE)
     yield Check(
@@ -167,7 +171,8 @@ def allowed_types(config: Config, workers: int) -> list[str]:
 class ShortRun:
     """What a rank saw in STEPS steps."""
 
-    losses: Tensor  # (STEPS, T)
+    losses: Tensor  # (STEPS, K)
+    weighting: Tensor  # (STEPS, T) λ
     batches: list[Batch]
     before: State  # all parameters, whole, before the first step
     after: State
@@ -183,14 +188,15 @@ def short_run(config: Config, steps: int = STEPS) -> ShortRun:
         batches = list(training.reader.batches(0, steps))
         training.model.train()
         source = iter(batches)
-        losses = torch.stack([training.pipeline.progress(source).losses for _ in range(len(batches))])
-        sharding = {t.table: t.kind for t in training.planned}
-        return ShortRun(losses, batches, before, _whole(training.model.state_dict()), training.optimizers.gradients.clone(), sharding)
+        numbers = [training.pipeline.progress(source) for _ in range(len(batches))]
+        losses, weights = (torch.stack([getattr(n, name) for n in numbers]) for name in ("losses", "weighting"))
+        after, sharding = _whole(training.model.state_dict()), {t.table: t.kind for t in training.planned}
+        return ShortRun(losses, weights, batches, before, after, training.optimizers.gradients.clone(), sharding)
 
 
-def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, State]:
-    """(steps, T) losses of the same steps in one process without TorchRec (F.embedding_bag, table optimizers written out), and all
-    parameters afterwards."""
+def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, Tensor, State]:
+    """(steps, K) losses and (steps, T) λ of the same steps in one process without TorchRec (F.embedding_bag, table optimizers written
+    out, tasks' gradients side by side), and all parameters afterwards."""
     weights = {n: v.clone() for n, v in ranks[0].before.items()}
     tables = {f.table_name: weights[_weight(config, f)].requires_grad_() for f in config.embedded}
     columns, pooling, head = DenseColumns(config), SequencePooling(config), Head(config, Layout.of(config))
@@ -199,7 +205,8 @@ def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, State]
     model.load_state_dict({name: weights[f"model.{name}"] for name in model.state_dict()})
     dense, terms = dense_optimizer(config.optimizer, list(model.parameters())), Terms(config)
     momentum = {name: torch.zeros_like(table) for name, table in tables.items()}
-    losses = []
+    balance, shared, owners = weighting(config), Shared(head), torch.tensor(terms.owners)
+    losses, weightings = [], []
     for step in range(len(ranks[0].batches)):
         batches = [rank.batches[step] for rank in ranks]
         outputs = head(_beside([_features(config, batch, tables, columns, pooling) for batch in batches]))
@@ -212,13 +219,51 @@ def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, State]
         model.zero_grad()
         for table in tables.values():
             table.grad = None
-        (means * torch.tensor(terms.coefficients)).sum().backward()
+        weighed = means * torch.tensor(terms.coefficients)
+        of_tasks = weighed.new_zeros(len(config.tasks)).index_add(0, owners, weighed)
+        present = (totals[: len(config.tasks)] > 0) & torch.tensor([t.weight > 0 for t in config.tasks])
+        gram = shared.gram(of_tasks) if config.weighting.reads_gradients else None
+        weightings.append(balance(batches[0].step, of_tasks.detach().double(), present, gram))
+        above = shared.above(list(model.parameters())) if balance.surgery else []  # what only a task's own, unweighted loss trains
+        own = torch.autograd.grad(of_tasks.sum(), above, retain_graph=True, allow_unused=True) if above else []
+        (of_tasks * weightings[-1].float()).sum().backward()
+        for parameter, gradient in zip(above, own, strict=True):
+            parameter.grad = gradient
         if config.optimizer.clip_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         dense.step()
         for name, table in tables.items():
             _step_table(config.table_optimizer(name), table, momentum[name])
-    return torch.stack(losses), {n: w.detach() for n, w in weights.items()} | {f"model.{n}": v for n, v in model.state_dict().items()}
+    after = {n: w.detach() for n, w in weights.items()} | {f"model.{n}": v for n, v in model.state_dict().items()}
+    return torch.stack(losses), torch.stack(weightings), after
+
+
+class Shared:
+    """What the tasks share in a head, seen as it computes: outputs of the experts that its cut mixes, or the points of the cut."""
+
+    def __init__(self, head: Head):
+        self.head, self.experts = head, list[Tensor]()
+        for module in head.modules():
+            if module is head.cut or isinstance(module, Experts | NormalisedExperts):
+                module.register_forward_hook(self._passed)
+
+    def _passed(self, module: nn.Module, args: tuple[Any, ...], outputs: list[Tensor]) -> None:
+        if module is self.head.cut:
+            mixed = len(args) == 2 and args[1] is not None
+            self.points, self.outputs = outputs, list(self.experts if mixed else outputs)
+        else:
+            self.experts = outputs
+
+    def gram(self, losses: Tensor) -> Tensor:
+        """(T, T) float64: products of the losses' gradients, every one a vector over all rows and outputs."""
+        found = [torch.autograd.grad(loss, self.outputs, retain_graph=True, materialize_grads=True) for loss in losses.unbind()]
+        vectors = torch.stack([torch.cat([g.flatten() for g in of_loss]).double() for of_loss in found])
+        return vectors @ vectors.T
+
+    def above(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those that the cut's points do not depend on."""
+        reached = torch.autograd.grad([p.sum() for p in self.points], parameters, retain_graph=True, allow_unused=True)
+        return [p for p, gradient in zip(parameters, reached, strict=True) if gradient is None]
 
 
 def _features(config: Config, batch: Batch, tables: dict[str, Tensor], columns: nn.Module, pooling: nn.Module) -> Features:

@@ -1,13 +1,14 @@
 """What a config may hold, and the sentence that a mistake in it gives."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tiny
 import yaml
 from pydantic import ValidationError
 
-from distmtl.config import BinaryTask
+from distmtl.config import BinaryTask, WeightingConfig
 from distmtl.config_file import dump_config, load_config, parse_config
 from distmtl.errors import DistmtlError
 
@@ -197,6 +198,42 @@ def test_one_mistake_one_sentence(case):
 def test_star_needs_more_than_its_domain():
     config = raw() | {"model": {"kind": "star", "domain": "user"}, "features": [{"kind": "id", "name": "user", "rows": 3}]}
     assert mistakes(config) == ["model star: its main network leaves the domain 'user' out, and there is no other feature; add some"]
+
+
+WEIGHTINGS = get_args(get_args(WeightingConfig)[0])
+BALANCED = [kind for c in WEIGHTINGS for kind in get_args(c.model_fields["kind"].annotation) if kind != "static"]
+PARTED = {
+    "single_task": {},
+    "aitm": {},
+    "pepnet": {"domain_features": ["user"], "gate_features": ["item"]},
+    "plugin": {"target": "mine:Network"},
+}
+
+
+@pytest.mark.parametrize("kind", BALANCED)
+def test_weighting_needs_two_tasks(kind):
+    sentence = f"weighting {kind} balances tasks, and only one has a weight above 0; add a task, or leave weighting out"
+    config = put(raw(), "weighting", {"kind": kind})
+    for tasks in (config["tasks"][:1], [config["tasks"][0], *({**t, "weight": 0} for t in config["tasks"][1:])]):
+        assert mistakes(config | {"tasks": tasks}) == [sentence]
+
+
+@pytest.mark.parametrize("kind", PARTED)
+def test_gradients_are_compared_only_where_something_is_shared(kind):
+    config = put(raw(), "model", {"kind": kind} | PARTED[kind])
+    if kind == "aitm":
+        config["tasks"][1] |= {"parents": ["click"]}
+    refused = [
+        f"weighting pcgrad compares the tasks' gradients in the network that they share, and {kind} has none; "
+        "choose another model, or weighting.cut: features, which balances the embeddings that they share"
+    ]
+    weighting = lambda cut: put(config, "weighting", {"kind": "pcgrad", "cut": cut})  # noqa: E731
+    assert mistakes(weighting("network")) == refused
+    assert parse_config(weighting("features"))
+    if kind == "single_task":  # it shares no layer: whoever wants the embeddings balanced says so
+        assert mistakes(weighting("auto")) == refused
+    else:
+        assert parse_config(weighting("auto"))
 
 
 def test_column_splits_of_all_tables_are_refused_for_each():

@@ -138,12 +138,14 @@ class JointLoss(nn.Module):
             dist.all_reduce(shared)
         k = len(sums)
         total, weight, non_finite = shared[: 3 * k].view(3, -1)
-        n_failed, gram = shared[3 * k], shared[3 * k + 1 :]
+        n_failed, gram = shared[3 * k], shared[3 * k + 1 :].view(-1, k)
+        if self.reads_gradients:
+            non_finite = non_finite + ~torch.isfinite(gram.diagonal())  # a finite loss whose gradient is not
         self.trained = (non_finite.sum() == 0) & (n_failed == 0)
 
         share = torch.where(weight > 0, 1.0 / weight.clamp(min=1e-30), 0.0)
         scale = share * self.coefficients
-        of_tasks = gram.view(k, k) * scale[:, None] * scale if looks else None
+        of_tasks = gram * scale[:, None] * scale if looks else None
         weighting, of_tasks = self._balance(batch.step, total * scale, weight, of_tasks)
         factors = torch.where(self.trained, weighting[self.owners] * scale, 0.0)
         if self.weighting.surgery and self.cut is not None:

@@ -53,7 +53,7 @@ def test_two_workers_equal_one_process_without_torchrec(tiny_data, tmp_path, kin
     ranks = run_world(short_run, 2, config)
     first, second = ranks
     assert torch.equal(first.gradients, second.gradients)
-    losses, expected = unsharded_run(config, ranks)
+    losses, _, expected = unsharded_run(config, ranks)
     assert (first.losses - losses).abs().max() <= 1e-5
     for name, weight in expected.items():
         assert (first.after[name] - weight).abs().max() <= 2e-5, name
@@ -98,6 +98,13 @@ def test_rows_that_count_for_no_task_have_no_influence(tiny_data, tmp_path, kind
         assert off > 20
         torch.testing.assert_close(losses, other_losses, rtol=0, atol=1e-7)
         torch.testing.assert_close(gradients, other_gradients, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_config_knows_which_heads_have_a_cut(kind):
+    """By it gradient methods are refused before anything is built."""
+    config = config_for(kind, Path(), Path())
+    assert hasattr(Head(config, Layout.of(config)).sharing, "cut") == config.network.shares
 
 
 class Program(nn.Module):
