@@ -266,9 +266,12 @@ def plan(a: argparse.Namespace) -> int:
 
 
 def leaderboard(a: argparse.Namespace) -> int:
+    import signal
+
     from distmtl.cluster.leaderboard import run_leaderboard
     from distmtl.leaderboard import load_leaderboard
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs' processes too; each has its last checkpoint
     table = run_leaderboard(load_leaderboard(a.config, a.overrides), say=lambda text: print(text, flush=True))
     print(f"\n{table.text()}")
     return 0 if all(table.chosen(data) for data in table.rows) else 1

@@ -300,8 +300,9 @@ class Table:
         out = [layout(title, lines)] if lines else ["no run is finished"]
         if lines:
             out.append(
-                f"* chosen by validation {monitor}; ≈ not told apart from it there (95 %, paired by seed). Test metrics: mean ± 95 % interval "
-                f"over seeds. Δm: mean over tasks of the gain over {head}/{weighting}, paired; worse: tasks whose whole interval is a loss."
+                f"* chosen by validation {monitor}; ≈ not told apart from it there (95 %, paired by seed). Test metrics: mean ± 95 % "
+                f"interval over seeds. Δm: mean over tasks of the gain over {head}/{weighting}, paired by seed; worse: tasks whose whole "
+                "interval is a loss."
             )
         out += failed
         if chosen := self.chosen(data):

@@ -77,9 +77,11 @@ def run_leaderboard(board: LeaderboardConfig, say: Say = print) -> Table:
                 spent.append(outcome["seconds"])
                 eta = duration(sum(spent) / len(spent) * left / slots)
                 say(f"[{total - left}/{total}] {cell.key} seed {seed}: {what}  ({outcome['seconds']:.0f} s, ETA {eta})")
-                table().write(folder)
+                if results:
+                    table().write(folder)
     final = table(f"disk: {_size(folder) / 2**20:,.0f} MB in {folder}, checkpoints included" if not is_remote(folder) else "")
-    final.write(folder)
+    if results:  # else what is there, of another config, stays
+        final.write(folder)
     return final
 
 
@@ -176,7 +178,7 @@ def _conditions(board: LeaderboardConfig, results: dict[tuple[Key, int], dict[st
     """How the results were made: what all of them have in common, and what they have not."""
     made = list(results.values())
     commits = sorted({str(r["git"]) for r in made} or {str(git_commit())})
-    packages = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in made} or {str(versions())})
+    packages = sorted({", ".join(f"{k} {v}" for k, v in of.items()) for of in [r["versions"] for r in made] or [versions()]})
     return [
         f"command: {shlex.join(['distmtl', *sys.argv[1:]])}",
         f"seeds: {', '.join(map(str, board.seeds))}; {' and '.join(board.overrides) or 'no'} overrides",
