@@ -276,8 +276,11 @@ class Table:
     def _section(self, data: str, layout: Any) -> str:
         tasks, monitor = self.tasks(data), self.monitor(data)
         head, weighting = self.board.base
-        title = ["", "head", "weighting", f"validation {monitor}", *(f"{t} {_name(m)}" for t, m in tasks.items()), "Δm %"]
-        title += ["worse", "samples/s", "tables", "dense", "train s", "seeds"]
+        in_full = layout is _piped  # a terminal is too narrow for every task's gain
+        title = ["", "head", "weighting", f"validation {monitor}"]
+        for t, m in tasks.items():
+            title += [f"{t} {_name(m)}", *([f"Δ {t} %"] if in_full else [])]
+        title += ["Δm %", "worse", "samples/s", "tables", "dense", "train s", "seeds"]
         lines, failed = [], []
         for row in self.rows[data]:
             key = row.cell.key
@@ -285,18 +288,22 @@ class Table:
                 failed.append(f"{key.head}/{key.weighting} failed: {row.cell.failure}")
             if row.rank is None:
                 continue
-            mark = (
-                "*" if row.rank == 1 else "≈" if row.behind and row.behind.half is not None and row.behind.mean <= row.behind.half else ""
-            )
+            near = row.behind is not None and row.behind.half is not None and row.behind.mean <= row.behind.half
             is_base = (key.head, key.weighting) == (head, weighting)
-            lines.append([
-                f"{row.rank}{mark}", key.head, key.weighting, _show(row.selected),
-                *(_show(row.tests[t], COLUMNS[m][1]) for t, m in tasks.items()),
+            line = [f"{row.rank}{'*' if row.rank == 1 else '≈' if near else ''}", key.head, key.weighting, _show(row.selected)]
+            for t, m in tasks.items():
+                line.append(_show(row.tests[t], COLUMNS[m][1]))
+                if in_full:
+                    line.append("–" if is_base else _show(row.gains[t], "+.2f", 100))
+            line += [
                 "baseline" if is_base else _show(row.gain, "+.2f", 100),
                 "–" if is_base or row.worse is None else f"{row.worse}/{len(tasks)}",
-                "–" if row.speed is None else f"{row.speed:,.0f}", f"{row.parameters['tables']:,}", f"{row.parameters['dense']:,}",
-                "–" if row.seconds is None else f"{row.seconds:,.1f}", f"{len(row.seeds)}/{len(self.board.seeds)}",
-            ])  # fmt: skip
+                "–" if row.speed is None else f"{row.speed:,.0f}",
+                *(f"{row.parameters[of]:,}" for of in ("tables", "dense")),
+                "–" if row.seconds is None else f"{row.seconds:,.1f}",
+                f"{len(row.seeds)}/{len(self.board.seeds)}",
+            ]
+            lines.append(line)
         out = [layout(title, lines)] if lines else ["no run is finished"]
         if lines:
             out.append(
@@ -307,7 +314,7 @@ class Table:
         out += failed
         if chosen := self.chosen(data):
             out.append(self._choice(chosen, tasks, monitor))
-        return "\n\n".join(out) if layout is _piped else "\n".join(out)
+        return "\n\n".join(out) if in_full else "\n".join(out)
 
     def _choice(self, row: Row, tasks: dict[str, str], monitor: str) -> str:
         shown = ", ".join(f"{t} {_name(m)} {_show(row.tests[t], COLUMNS[m][1])}" for t, m in tasks.items())

@@ -142,7 +142,7 @@ def test_every_form_says_the_same(table, tmp_path):
     for form in (text, markdown):
         assert f"chosen by validation click.auc ({mean[3]:.4f} ±" in form and "tiny/mmoe/static; test: click AUC" in form
         assert "single_task/pcgrad failed: weighting pcgrad" in form and "1/3" in form and "seeds: 0, 1, 2" in form
-    assert text.splitlines()[1].startswith("1*  mmoe") and "| 1* | mmoe | static |" in markdown
+    assert text.splitlines()[1].startswith("1*  mmoe") and "| 1* | mmoe | static |" in markdown and "| Δ click % |" in markdown
     written = json.loads((tmp_path / "out" / "leaderboard.json").read_text())["data"]["tiny"]
     assert written["chosen"] == "tiny/mmoe/static" and written["metrics"]["rating"] == "rmse"
     assert written["cells"][0]["test"]["click"]["mean"] == pytest.approx(mean[0]) and written["cells"][0]["gains"]["conversion"]["mean"] < 0

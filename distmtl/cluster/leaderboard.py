@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError
 
 from distmtl.cluster.places import worker_resources
 from distmtl.cluster.supervision import last_line
-from distmtl.cluster.trainer import session, use_gpu, work
+from distmtl.cluster.trainer import refuse_fleeting, session, use_gpu, work
 from distmtl.config import Workers
 from distmtl.config.leaderboard import LeaderboardConfig
 from distmtl.errors import DistmtlError
@@ -40,6 +40,7 @@ def run_leaderboard(board: LeaderboardConfig, say: Say = print) -> Table:
     Raises:
         DistmtlError: a data set's own config cannot be read, or the cluster has no place for a single run.
     """
+    refuse_fleeting(board.folder, "out")
     cells = make_cells(board)
     results, runs = _look(board, cells)
     folder = place(board.folder)
@@ -53,28 +54,23 @@ def run_leaderboard(board: LeaderboardConfig, say: Say = print) -> Table:
     total = len(cells) * len(board.seeds)
     say(f"{board.name}: {len(cells)} cells × {len(board.seeds)} seeds in {folder}: {len(results)} runs are finished, {len(runs)} to train")
     if runs:
-        config = runs[0][1].runs[runs[0][0]]
-        cluster = config.cluster.model_copy(update={"workers": Workers(min=1, max=board.parallel or 1)})
-        with session(cluster):
-            gpu = use_gpu(cluster.model_copy(update={"workers": Workers(min=1, max=1)}))
-            resources = worker_resources(cluster, gpu)
+        cluster = max((c.runs[s].cluster for s, c in runs), key=lambda cluster: cluster.cpus_per_worker)
+        with session(cluster.model_copy(update={"workers": Workers(min=1, max=board.parallel or 1)})):
+            resources = worker_resources(cluster, use_gpu(cluster))
             there = ray.cluster_resources()
             slots = board.parallel or min(int(there.get(name, 0) // amount) for name, amount in resources.items())
             slots = min(slots, len(runs))
             say(f"training {slots} at a time, {' and '.join(f'{n} {k}' for k, n in resources.items())} each")
-            done, spent = 0, []
+            spent: list[float] = []
             for seed, cell, outcome in _train(runs, resources, slots):
-                done += 1
                 if "result" in outcome:
                     results[cell.key, seed] = outcome["result"]
                     what = f"validation {table().monitor(cell.key.data)} {outcome['result']['best_value']:.4f}"
-                elif "skipped" in outcome:
-                    continue
                 else:
                     cell.failure = f"seed {seed}: {in_a_line(DistmtlError(outcome['error']))}"
                     what = f"failed: {cell.failure}"
-                left = len(runs) - done
                 spent.append(outcome["seconds"])
+                left = sum(not c.failure and (c.key, s) not in results for s, c in runs)
                 eta = duration(sum(spent) / len(spent) * left / slots)
                 say(f"[{total - left}/{total}] {cell.key} seed {seed}: {what}  ({outcome['seconds']:.0f} s, ETA {eta})")
                 if results:
@@ -118,16 +114,14 @@ def _look(board: LeaderboardConfig, cells: list[Cell]) -> tuple[dict[tuple[Key, 
 
 
 def _train(runs: list[tuple[int, Cell]], resources: dict[str, int], slots: int) -> Iterator[tuple[int, Cell, dict[str, Any]]]:
-    """Seed, cell and outcome of every run as they end: {"result"}, {"error"}, or {"skipped"} where its cell has failed meanwhile."""
+    """Seed, cell and outcome, {"result"} or {"error"}, of every run as they end. A cell that has failed by then is not run again.
+
+    Raises:
+        DistmtlError: an actor cannot be started.
+    """
     waiting = deque((seed, cell, 1) for seed, cell in runs)
     actor = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(Slot)
-    at_work: dict[Any, Any] = {}  # reference → actor, and what it does: None while it starts
-
-    def begin(handle: Any) -> None:
-        while waiting:
-            seed, cell, attempt = waiting.popleft()
-            at_work[handle.train.remote(cell.runs[seed].model_dump(mode="json"))] = handle, (seed, cell, attempt, time.monotonic())
-            return
+    at_work: dict[Any, Any] = {}  # reference → actor, and its run: None while it starts
 
     def hire() -> None:
         handle = actor.remote()
@@ -136,28 +130,28 @@ def _train(runs: list[tuple[int, Cell]], resources: dict[str, int], slots: int) 
     for _ in range(slots):
         hire()
     while at_work:
-        (reference,), _ = ray.wait(list(at_work), num_returns=1)
-        handle, job = at_work.pop(reference)
+        (reference,), _ = ray.wait(list(at_work))
+        handle, run = at_work.pop(reference)
         try:
             outcome = ray.get(reference)
-        except RayError as e:
-            outcome = {"error": "its process was killed" if isinstance(e, RayActorError) else last_line(e)}
-            if job is None:
+        except RayError as e:  # the process died, or is in a state that nobody knows: another one goes on
+            if run is None:
                 raise DistmtlError(f"a process for the runs cannot be started: {last_line(e)}") from e
-            if isinstance(e, RayActorError):
-                hire()
-                if job[2] < ATTEMPTS:
-                    waiting.appendleft((job[0], job[1], job[2] + 1))
-                    continue
-            else:
-                begin(handle)
-        else:
-            while waiting and waiting[0][1].failure:
-                seed, cell, _ = waiting.popleft()
-                yield seed, cell, {"skipped": True}
-            begin(handle)
-        if job:
-            yield job[0], job[1], outcome | {"seconds": time.monotonic() - job[3]}
+            handle, died = None, isinstance(e, RayActorError)
+            outcome = {"error": "its process was killed" if died else last_line(e)}
+            if died and run[2] < ATTEMPTS:
+                waiting.appendleft((run[0], run[1], run[2] + 1))
+                run = None
+        if run:
+            yield run[0], run[1], outcome | {"seconds": time.monotonic() - run[3]}
+        while waiting and waiting[0][1].failure:
+            waiting.popleft()
+        if waiting and handle is None:
+            hire()
+        elif waiting:
+            seed, cell, attempt = waiting.popleft()
+            began = time.monotonic()
+            at_work[handle.train.remote(cell.runs[seed].model_dump(mode="json"))] = handle, (seed, cell, attempt, began)
 
 
 class Slot:

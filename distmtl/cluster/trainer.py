@@ -57,7 +57,7 @@ def train_on_ray(config: Config, resume: str = "auto", report: Report = print_re
     from distmtl.model.head import Head
     from distmtl.model.layout import Layout
 
-    _refuse_fleeting_directory(config)
+    refuse_fleeting(config.run_dir, "run.dir")
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": absolute(config.run_dir)})})
     open_run(config, resume, open_splits(config)["train"], policy)
     if config.model.kind == "plugin":  # the user's own code: better it fails here
@@ -230,9 +230,10 @@ def following(log: Path, report: Report) -> Iterator[None]:
         thread.join()
 
 
-def _refuse_fleeting_directory(config: Config) -> None:
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and absolute(config.run_dir) != config.run_dir:
+def refuse_fleeting(folder: str, key: str) -> None:
+    """Of a folder that results go to, as `key` of the config gives it."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and absolute(folder) != folder:
         raise DistmtlError(
-            f"run.dir {config.run_dir} is relative, and a Ray job's working directory is a copy that goes with the job; "
-            "set run.dir to an absolute path that every node sees"
+            f"{key} {folder} is relative, and a Ray job's working directory is a copy that goes with the job; "
+            f"set {key} to an absolute path that every node sees"
         )

@@ -1,4 +1,4 @@
-"""`distmtl leaderboard` on Ray: ended in the middle and continued, with a cell that cannot be."""
+"""`distmtl leaderboard` on Ray: ended in the middle and continued, a process killed, with a cell that cannot be."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ def finished(out: Path) -> dict[Path, int]:
     return {f: f.stat().st_mtime_ns for run in runs for f in (run / "result.json", *run.glob("checkpoints/*/*"))}
 
 
+def pids(out: Path) -> set[int]:
+    """Of the processes that runs were trained in."""
+    logs = [line for log in out.rglob("metrics.jsonl") for line in log.read_text().splitlines() if line.startswith('{"kind": "start"')]
+    return {int(json.loads(line)["workers"][0].rsplit(" ", 1)[1]) for line in logs}
+
+
 def test_a_board_that_is_ended_goes_on(tiny_data, tmp_path):
     data, out = {"test": str(tiny_data / "validation")}, tmp_path / "out"
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(tiny.raw(tiny_data, tmp_path / "unused", data=data)))
@@ -48,7 +54,11 @@ def test_a_board_that_is_ended_goes_on(tiny_data, tmp_path):
     done = sum(path.name == "result.json" for path in before)
     assert 1 <= done < 6
 
-    process = start(tmp_path / "board.yaml")
+    process, former = start(tmp_path / "board.yaml"), pids(out)
+    while not (new := pids(out) - former):
+        assert process.poll() is None and time.monotonic() < deadline + 120, process.communicate()
+        time.sleep(0.02)
+    os.kill(new.pop(), signal.SIGKILL)  # the run that it is at begins again in another process
     text, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert f"{done} runs are finished, {6 - done} to train" in text and "[8/8]" in text
