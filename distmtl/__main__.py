@@ -139,6 +139,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print JSON instead")
     p.add_argument("--measure", action="store_true", help="also train 20 steps with one worker here (CPU) and compare")
 
+    p = command(
+        "leaderboard", leaderboard, "Train heads × weightings × seeds, several at a time, and rank them. The same command continues.",
+        "distmtl leaderboard configs/leaderboards/synthetic.yaml seeds=2",
+    )  # fmt: skip
+    config_arguments(p)
+
     p = command("config", show_config, "Print the resolved config.", "distmtl config configs/synthetic.yaml model.num_experts=8")
     config_arguments(p)
 
@@ -273,6 +279,18 @@ def plan(a: argparse.Namespace) -> int:
     report = make_report(config, Hardware.of(device, **given), a.world_size, a.measure)
     print(json.dumps(report.json()) if a.json else report.text())
     return 0 if report.fits else 1
+
+
+def leaderboard(a: argparse.Namespace) -> int:
+    import signal
+
+    from distmtl.cluster.leaderboard import run_leaderboard
+    from distmtl.leaderboard import load_leaderboard
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs' processes too; each has its last checkpoint
+    table = run_leaderboard(load_leaderboard(a.config, a.overrides), say=lambda text: print(text, flush=True))
+    print(f"\n{table.text()}")
+    return 0 if all(table.chosen(data) for data in table.rows) else 1
 
 
 def show_config(a: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -19,12 +19,26 @@ from pydantic import ValidationError
 from distmtl.config import Config, Strict, did_you_mean
 from distmtl.errors import DistmtlError
 
+S = TypeVar("S", bound=Strict)
+
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read `path` (YAML), apply `section.key=value` overrides, validate.
 
     Raises:
         DistmtlError: file missing or not YAML, or the list of every mistake in it.
+    """
+    raw = read_mapping(path)
+    for item in overrides:
+        override(raw, item)
+    return parse_file(raw, Path(path))
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        DistmtlError: file missing, not YAML, or not a mapping.
     """
     path = Path(path)
     try:
@@ -36,12 +50,19 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(raw, dict):
         found = "is empty; it" if raw is None else f"holds a {type(raw).__name__}, but"
         raise DistmtlError(f"config {path} {found} must hold a mapping (name: …, data: …)")
-    for item in overrides:
-        _override(raw, item)
-    raw.setdefault("name", re.sub(r"[^A-Za-z0-9_-]", "-", path.stem if path.stem[:1].isalpha() else f"_{path.stem}"))
-    config = parse_config(raw, str(path))
-    data = config.data.model_copy(update={k: _resolve(getattr(config.data, k), path.parent) for k in ("train", "validation", "test")})
+    return raw
+
+
+def parse_file(raw: dict[str, Any], path: Path) -> Config:
+    """Validate what a file holds; it gives the default name, and the folder that relative paths of data start from."""
+    config = parse_config({"name": name_of(path), **raw}, str(path))
+    data = config.data.model_copy(update={k: resolve(getattr(config.data, k), path.parent) for k in ("train", "validation", "test")})
     return config.model_copy(update={"data": data})
+
+
+def name_of(path: Path) -> str:
+    """A name from a file's."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", path.stem if path.stem[:1].isalpha() else f"_{path.stem}")
 
 
 def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
@@ -50,12 +71,21 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
     Raises:
         DistmtlError: the list of every mistake.
     """
+    return parse_as(Config, raw, where)
+
+
+def parse_as(kind: type[S], raw: dict[str, Any], where: str) -> S:
+    """Validate a mapping as a config of some kind.
+
+    Raises:
+        DistmtlError: the list of every mistake.
+    """
     try:
-        return Config.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as e:
         errors = e.errors()
         inner = {err["loc"][:1] for err in errors if len(err["loc"]) > 1}  # a list with a bad element is not also too short
-        lines = [line for err in errors if err["type"] != "too_short" or err["loc"] not in inner for line in _sentence(err, raw)]
+        lines = [line for err in errors if err["type"] != "too_short" or err["loc"] not in inner for line in _sentence(err, raw, kind)]
         raise DistmtlError(
             f"{where}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(f"  - {line}" for line in lines)
         ) from None
@@ -99,7 +129,12 @@ def _yaml_mistake(e: Exception) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {e.problem}" if mark else " ".join(str(e).split())  # type: ignore[attr-defined]
 
 
-def _override(raw: dict[str, Any], item: str) -> None:
+def override(raw: dict[str, Any], item: str) -> None:
+    """Apply one `section.key=value`; an element of a list goes by its `name` or number.
+
+    Raises:
+        DistmtlError: not of that form, or no such place.
+    """
     key, sep, value = item.partition("=")
     *parents, leaf = key.strip().split(".")
     if not sep or not all((*parents, leaf)):
@@ -137,22 +172,23 @@ def _index(node: list[Any], part: str, where: str, item: str) -> int:
     raise DistmtlError(f"override {item!r}: {where} has no element {part!r}{did_you_mean(part, [n for n in names if n])}")
 
 
-def _resolve(path: str | None, base: Path) -> str | None:
+def resolve(path: str | None, base: Path) -> str | None:
+    """A path of a file in folder `base`; a URI stays."""
     if path is None or "://" in path or Path(path).is_absolute():
         return path
     return str((base / Path(path).expanduser()).resolve())
 
 
-def _sentence(err: Any, raw: Any) -> list[str]:
+def _sentence(err: Any, raw: Any, root: type[Strict]) -> list[str]:
     """One pydantic error as sentences with the key's place in the file."""
-    place, around, members = _place(err["loc"], raw)
+    place, around, members = _place(err["loc"], raw, root)
     where, kind, got = ".".join(place), err["type"], f"{err['input']!r:.80}"
     start = f"{where}: " if where else ""
     if kind == "extra_forbidden":
         elsewhere = [tag for tag, model in members.items() if place[-1] in model.model_fields]
         if elsewhere:
             return [f"{start}unknown key for this kind; it belongs to {' and '.join(elsewhere)}"]
-        return [f"{start}unknown key{_elsewhere(place[-1], around)}"]
+        return [f"{start}unknown key{_elsewhere(place[-1], around, root)}"]
     if kind == "missing":
         return [f"{start}missing; it must be given"]
     if kind == "union_tag_invalid":
@@ -176,9 +212,9 @@ def _sentence(err: Any, raw: Any) -> list[str]:
     return [f"{start}{err['msg'][:1].lower()}{err['msg'][1:]}, got {got}{hint}"]
 
 
-def _place(loc: tuple[Any, ...], raw: Any) -> tuple[list[str], list[str], dict[str, type[Strict]]]:
+def _place(loc: tuple[Any, ...], raw: Any, root: type[Strict]) -> tuple[list[str], list[str], dict[str, type[Strict]]]:
     """Of an error: its keys in the file (elements of a list by their name), the keys known beside it, and the kinds there are."""
-    annotation: Any = Config
+    annotation: Any = root
     place: list[str] = []
     around: list[str] = []
     union: dict[str, type[Strict]] = {}
@@ -211,11 +247,11 @@ def _members(annotation: Any) -> dict[str, type[Strict]]:
     return {k: m for a in (arguments[:1] if get_origin(annotation) is Annotated else arguments) for k, m in _members(a).items()}
 
 
-def _elsewhere(key: str, around: list[str]) -> str:
+def _elsewhere(key: str, around: list[str], root: type[Strict]) -> str:
     """Where an unknown key probably belongs."""
     if near := did_you_mean(key, around):
         return near
-    for section, field in Config.model_fields.items():
+    for section, field in root.model_fields.items():
         members = list(_members(field.annotation).values())
         if len(members) == 1 and key in members[0].model_fields and key != "kind":
             return f"; did you mean '{section}.{key}'?"

@@ -282,7 +282,9 @@ class Training:
             "rows": state.rows,
             "seconds": round(state.seconds, 3),
             "samples_per_second": self.meter.steady_samples_per_second(),
+            "parameters": self._parameters(),
             "best_step": state.best_step,
+            "best_value": state.best_value,
             "skipped": state.skipped,
             "restarts": self.restarts,
             "stopped": self.stopped,
@@ -462,11 +464,16 @@ class Training:
             on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.progress.folder / "profile")),
         )
 
+    def _parameters(self) -> dict[str, int]:
+        return {
+            "tables": sum(t.rows * t.dim for t in self.planned),
+            "dense": sum(p.numel() for p in self.optimizers.parameters.values()),
+        }
+
     def _introduction(self, found: checkpoint.Checkpoint | None) -> str:
         config, process = self.config, self.process
         sizes = "  ".join(f"{split} {data.rows:,}" for split, data in self.splits.items())
-        dense = sum(p.numel() for p in self.optimizers.parameters.values())
-        tables = sum(t.rows * t.dim for t in self.planned)
+        parameters = self._parameters()
         begin = "starting afresh"
         if found:
             begin = f"{'continuing' if is_own(found, config) else 'starting with the weights'} from {found.path} (step {found.step})"
@@ -474,7 +481,8 @@ class Training:
             f"{config.name}: {config.model.kind} on {process.world_size} worker(s), {process.device.type}, run directory {self.folder}",
             f"{begin}; rows: {sizes}; {self.total_steps} steps of {config.train.global_batch_size}",
             config.train.precision + (f"; float32 matrix products by {fastest_fp32()}" if process.device.type == "cpu" else ""),
-            f"parameters: {tables:,} in {len(self.planned)} tables, {dense:,} dense; sharding plan (MB: weights and optimizer state):",
+            f"parameters: {parameters['tables']:,} in {len(self.planned)} tables, {parameters['dense']:,} dense; "
+            "sharding plan (MB: weights and optimizer state):",
             *("  " + line for line in plan_text(self.planned, process.world_size).splitlines()),
         ]
         return "\n".join(lines)

@@ -310,7 +310,7 @@ def select(metrics: Metrics, loss: float | None, monitor: str) -> tuple[float, b
                 f"train.monitor {monitor!r}: {metric} of task {name!r} is undefined on the validation split: {_why(of, metric)}"
             )
         values.append(value)
-    return sum(values) / len(values), _higher_is_better(metric)
+    return sum(values) / len(values), higher_is_better(metric)
 
 
 def _why(values: Values, metric: str) -> str:
@@ -328,10 +328,12 @@ def better(new: float, old: float | None, monitor: str) -> bool:
     """Whether `new` strictly beats `old` (None: nothing yet) under `monitor`."""
     if old is None:
         return True
-    return new > old if _higher_is_better(monitor.rpartition(".")[2]) else new < old
+    return new > old if higher_is_better(monitor) else new < old
 
 
-def _higher_is_better(metric: str) -> bool:
+def higher_is_better(metric: str) -> bool:
+    """Of a metric, or of TASK.METRIC; of a loss not."""
+    metric = metric.rpartition(".")[2]
     return metric.removeprefix("joint_").removeprefix("entire_").removeprefix("positive_") in HIGHER_IS_BETTER
 
 

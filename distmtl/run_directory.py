@@ -65,6 +65,18 @@ def open_run(config: Config, resume: str, train_set: Dataset, policy: ResumePoli
         DistmtlError: the directory is another run's (the differing fields), the data set changed, or nothing to load.
     """
     folder = place(config.run_dir)
+    found, notes = continuation(config, resume, train_set, policy)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "config.yaml", dump_config(config))
+    except OSError as e:
+        raise DistmtlError(f"run.dir {folder} cannot be written: {e.strerror or e}; choose another run.dir") from None
+    return found, notes
+
+
+def continuation(config: Config, resume: str, train_set: Dataset, policy: ResumePolicy = "strict") -> tuple[Checkpoint | None, list[str]]:
+    """What `open_run` finds, and its errors; writes nothing."""
+    folder = place(config.run_dir)
     extra = FREE_IF_MATCHING if policy == "matching" else ()
     if folder.exists() and not folder.is_dir():
         raise DistmtlError(f"run.dir {folder} is a file; choose another run.dir")
@@ -78,7 +90,7 @@ def open_run(config: Config, resume: str, train_set: Dataset, policy: ResumePoli
     found: Checkpoint | None = None
     notes: list[str] = []
     if begun:
-        _same(config, _config_of(folder), f"run.dir {folder}", FREE, extra)
+        _same(config, config_of(folder), f"run.dir {folder}", FREE, extra)
         found, notes = checkpoint.newest(folder / "checkpoints")
         found = found and _readable(found)
         if found:  # a run that was changed may have been stopped before its first checkpoint of the new kind
@@ -90,15 +102,11 @@ def open_run(config: Config, resume: str, train_set: Dataset, policy: ResumePoli
         notes += _same(config, checkpoint_config(found), f"checkpoint {found.path}", FREE_FROM_WEIGHTS, extra)
     elif found is not None:
         _same_data(train_set, found)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.yaml", dump_config(config))
-    except OSError as e:
-        raise DistmtlError(f"run.dir {folder} cannot be written: {e.strerror or e}; choose another run.dir") from None
     return found, notes
 
 
-def _config_of(folder: Path) -> Config:
+def config_of(folder: Path) -> Config:
+    """The config of the run in a folder."""
     try:
         raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:

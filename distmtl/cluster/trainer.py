@@ -57,7 +57,7 @@ def train_on_ray(config: Config, resume: str = "auto", report: Report = print_re
     from distmtl.model.head import Head
     from distmtl.model.layout import Layout
 
-    _refuse_fleeting_directory(config)
+    refuse_fleeting(config.run_dir, "run.dir")
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": absolute(config.run_dir)})})
     open_run(config, resume, open_splits(config)["train"], policy)
     if config.model.kind == "plugin":  # the user's own code: better it fails here
@@ -65,8 +65,8 @@ def train_on_ray(config: Config, resume: str = "auto", report: Report = print_re
     report({"kind": "note", "text": f"data and config are sound; starting {config.cluster.workers} Ray Train worker(s) …"})
     set_hang_timeout(config.cluster)
     folder = place(config.run_dir)
-    with session(config), following(folder / "metrics.jsonl", report):
-        worker = worker_resources(config.cluster, use_gpu=_use_gpu(config.cluster))
+    with session(config.cluster), following(folder / "metrics.jsonl", report):
+        worker = worker_resources(config.cluster, use_gpu=use_gpu(config.cluster))
         outcome = Supervisor(
             config.cluster,
             folder,
@@ -119,7 +119,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def session(config: Config) -> Iterator[None]:
+def session(cluster: ClusterConfig) -> Iterator[None]:
     """Ray, connected; a local instance is stopped afterwards."""
     own = not ray.is_initialized()
     if own:
@@ -127,7 +127,7 @@ def session(config: Config) -> Iterator[None]:
         environment = {"env_vars": {k: v for k, v in (QUIET | KEEP_MEMORY).items() if k not in os.environ}}
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": environment}
         handler = signal.getsignal(signal.SIGTERM)
-        _connect(os.environ.get("RAY_ADDRESS", "auto"), config, quiet)
+        _connect(os.environ.get("RAY_ADDRESS", "auto"), cluster, quiet)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
     try:
@@ -153,7 +153,7 @@ def known_address() -> Iterator[None]:
             os.environ["RAY_ADDRESS"] = before
 
 
-def _connect(address: str, config: Config, settings: dict[str, Any]) -> None:
+def _connect(address: str, cluster: ClusterConfig, settings: dict[str, Any]) -> None:
     """To the cluster of an address; `auto`: one that `ray start` made here, else a new local one, as `local`.
 
     Raises:
@@ -170,7 +170,7 @@ def _connect(address: str, config: Config, settings: dict[str, Any]) -> None:
                     f"no Ray cluster answers at RAY_ADDRESS={address}: {last_line(e)}; unset RAY_ADDRESS to train on this machine, "
                     "and where the cluster wants a token, export RAY_AUTH_MODE=token"
                 ) from e
-    cpus = max(os.cpu_count() or 1, config.cluster.workers.max * config.cluster.cpus_per_worker)
+    cpus = max(os.cpu_count() or 1, cluster.workers.max * cluster.cpus_per_worker)
     ray.init(**settings, address="local", num_cpus=cpus, include_dashboard=False)
 
 
@@ -185,19 +185,19 @@ def _cluster_here() -> str:
     return address if answers(host.strip("[]"), int(port)) else "local"
 
 
-def _use_gpu(cluster: ClusterConfig) -> bool:
+def use_gpu(cluster: ClusterConfig) -> bool:
     """Whether workers get a GPU each.
 
     Raises:
         DistmtlError: the cluster has no places for that many workers.
     """
     there, least = ray.cluster_resources(), cluster.workers.min
-    use_gpu = cluster.device == "cuda" or (cluster.device == "auto" and there.get("GPU", 0) >= least)
-    wanted = {name: least * amount for name, amount in worker_resources(cluster, use_gpu).items()}
+    gpu = cluster.device == "cuda" or (cluster.device == "auto" and there.get("GPU", 0) >= least)
+    wanted = {name: least * amount for name, amount in worker_resources(cluster, gpu).items()}
     lacking = [f"{int(there.get(k, 0))} {k}s, but {least} workers want {n}" for k, n in wanted.items() if there.get(k, 0) < n]
     if lacking:
         raise DistmtlError(f"the Ray cluster has {' and '.join(lacking)}; lower cluster.workers or cpus_per_worker, or add nodes")
-    return use_gpu
+    return gpu
 
 
 @contextmanager
@@ -230,9 +230,10 @@ def following(log: Path, report: Report) -> Iterator[None]:
         thread.join()
 
 
-def _refuse_fleeting_directory(config: Config) -> None:
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and absolute(config.run_dir) != config.run_dir:
+def refuse_fleeting(folder: str, key: str) -> None:
+    """Of a folder that results go to, as `key` of the config gives it."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and absolute(folder) != folder:
         raise DistmtlError(
-            f"run.dir {config.run_dir} is relative, and a Ray job's working directory is a copy that goes with the job; "
-            "set run.dir to an absolute path that every node sees"
+            f"{key} {folder} is relative, and a Ray job's working directory is a copy that goes with the job; "
+            f"set {key} to an absolute path that every node sees"
         )

@@ -65,10 +65,17 @@ def test_configs_beside_the_synthetic_log_train(head, checkout, tmp_path):
 def test_readme_and_docs_name_only_what_exists():
     """Every distmtl command in the documentation parses, every example config is valid, every linked page is there."""
     commands = 0
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.yaml")]:
+    for page in [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "configs").glob("*.yaml"),
+        *(ROOT / "configs").glob("*/*.yaml"),
+    ]:
         text = page.read_text()
         for found in re.findall(
-            r"(?:^    |`|&& |# |-- |-m )(distmtl (?:synth|prepare|train|evaluate|plan|config|doctor)\b[^`\n#&]*)", text, flags=re.M
+            r"(?:^    |`|&& |# |-- |-m )(distmtl (?:synth|prepare|train|evaluate|plan|leaderboard|config|doctor)\b[^`\n#&]*)",
+            text,
+            flags=re.M,
         ):
             words = shlex.split(found)[1:]
             if len(words) > 1 or words == ["doctor"]:
