@@ -92,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--resume-policy", default="strict", choices=["strict", "matching"],
-        help="matching: where features, tables, tasks or the head differ from the checkpoint's, load what still fits and say what does not",
+        help="matching: where features, tables, tasks, the head or the weighting differ from the checkpoint's, load what still "
+        "fits and say what does not",
     )  # fmt: skip
 
     p = command(

@@ -59,7 +59,7 @@ def open_run(config: Config, resume: str, train_set: Dataset, policy: ResumePoli
     Args:
         resume: `auto` continues a run of the same config; `never` wants an empty directory; a path of a checkpoint or run
             gives the weights that a new run starts from (`is_own` is false for it), once: a run with a checkpoint continues.
-        policy: `matching` lets features, tables, tasks and the head differ: what still fits is loaded.
+        policy: `matching` lets features, tables, tasks, the head and the weighting differ: what still fits is loaded.
 
     Raises:
         DistmtlError: the directory is another run's (the differing fields), the data set changed, or nothing to load.
