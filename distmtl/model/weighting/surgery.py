@@ -43,7 +43,7 @@ class PCGrad(Surgery):
 
 
 class MGDA(Surgery):
-    """Sener and Koltun 2018, "Multi-Task Learning as Multi-Objective Optimization" (MGDA-UB, eq. 5): λ = T·a, with a the point of the
+    """Sener and Koltun 2018, "Multi-Task Learning as Multi-Objective Optimization" (MGDA-UB): λ = T·a, with a the point of the
     simplex that minimises ‖Σ aᵢ·gᵢ/nᵢ‖²; nᵢ = 1 (none), ‖gᵢ‖ (l2), Lᵢ (loss) or Lᵢ·‖gᵢ‖ (loss+). As in the authors' code, a then weights
     the losses as they are, and not those divided by n."""
 
@@ -61,7 +61,7 @@ class MGDA(Surgery):
 
 
 class IMTLG(Surgery):
-    """Liu et al. 2021, "Towards Impartial Multi-task Learning" (eq. 6, IMTL-G): λ = T·a/Σa with Σ aᵢ·gᵢ of the same projection onto every
+    """Liu et al. 2021, "Towards Impartial Multi-task Learning" (IMTL-G): λ = T·a/Σa with Σ aᵢ·gᵢ of the same projection onto every
     gᵢ/‖gᵢ‖. Of the correlations C: C·y = 1, aᵢ = yᵢ/‖gᵢ‖, and all projections positive.
 
     a may be negative; where Σa is less than the mean of |a| the latter divides instead, or the paper's λ would grow beyond bounds, and
@@ -89,7 +89,7 @@ class CAGrad(Surgery):
 
 
 class NashMTL(Surgery):
-    """Navon et al. 2022, "Multi-Task Learning as a Bargaining Game" (eq. 2): λ > 0 with M·λ = 1/λ, of M divided by its Frobenius norm as in
+    """Navon et al. 2022, "Multi-Task Learning as a Bargaining Game": λ > 0 with M·λ = 1/λ, of M divided by its Frobenius norm as in
     the authors' code. That is its scale: λ = T^(1/4) for gradients of one norm at right angles, λᵢ ~ 1/‖gᵢ‖ in general.
 
     With y = λᵢ·‖gᵢ‖ it reads C·y = 1/y, of the correlations C."""
