@@ -78,6 +78,7 @@ def test_the_pipeline_of_cuda_trains_the_same(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_pipeline", pipeline_of_cuda)
     train_world(ahead, 2)
     assert [r["losses"] for r in records(plain, "train")] == [r["losses"] for r in records(ahead, "train")]
+    assert [r["health"] for r in records(plain, "train")] == [r["health"] for r in records(ahead, "train")]
     assert difference(saved_state(plain, 24), saved_state(ahead, 24)) == 0.0
 
 
