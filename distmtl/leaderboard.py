@@ -16,6 +16,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -86,8 +87,8 @@ def _cell(board: LeaderboardConfig, key: Key, base: dict[str, Any]) -> Cell:
     folder = f"{absolute(board.folder)}/{key}"
     weighting = board.weightings[key.weighting].model_dump(mode="json")
     try:
-        raw = merge(merge({"train": {"keep": 1}}, base), board.heads[key.head])  # a new dict at every level that is overridden
-        raw = json.loads(json.dumps(raw | {"weighting": weighting, "name": f"{board.name}_{key.head}_{key.weighting}"}))
+        raw = deepcopy(merge(merge({"train": {"keep": 1}}, base), board.heads[key.head]))
+        raw |= {"weighting": weighting, "name": f"{board.name}_{key.head}_{key.weighting}"}
         for item in (*board.overrides, "cluster.workers=1", *([f"train.monitor={board.select}"] if board.select else [])):
             override(raw, item)
         config = parse_file(raw, Path(board.data[key.data]))
