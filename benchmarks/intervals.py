@@ -46,7 +46,7 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
 def ratio(a: Sequence[float], b: Sequence[float]) -> Interval:
     """Of the geometric mean of a / b."""
     logs = interval(np.log(np.divide(a, b)).tolist())
-    return Interval(*(math.exp(x) for x in (logs.mean, logs.low, logs.high)), logs.n)
+    return Interval(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), logs.n)
 
 
 def table(runs: dict[str, list[dict[str, float]]], baseline: str, digits: int = 4) -> tuple[dict[str, Any], list[str]]:

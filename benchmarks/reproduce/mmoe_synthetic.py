@@ -68,11 +68,14 @@ class Model(nn.Module):
 
     def __init__(self, name: str, seed: int):
         super().__init__()
-        self.sharing: Any = {
-            "shared bottom": lambda: SharedBottom(WIDTH, TASKS, [113]),
-            "OMoE": lambda: OMoE(WIDTH, TASKS, 8, [16]),
-            "MMoE": lambda: MMoE(WIDTH, TASKS, 8, [16]),
-        }[name]()
+        self.sharing: Any
+        match name:
+            case "shared bottom":
+                self.sharing = SharedBottom(WIDTH, TASKS, [113])
+            case "OMoE":
+                self.sharing = OMoE(WIDTH, TASKS, 8, [16])
+            case "MMoE":
+                self.sharing = MMoE(WIDTH, TASKS, 8, [16])
         self.towers = nn.ModuleList(Tower(self.sharing.output_width, [TOWER], Output(TOWER)) for _ in range(TASKS))
         initialise_dense(self, seed)
 
@@ -196,7 +199,8 @@ def main() -> None:
         "# Two regressions of chosen correlation (Ma et al. 2018)",
         "",
         "`python -m benchmarks.reproduce.mmoe_synthetic`; mean squared error of both tasks (0.01 is noise), mean over the seeds",
-        f"with its 95 % interval; {STEPS} steps of {ROWS} rows. Ratios are geometric means of the same seed's. Best: the learning rate that held-out rows choose.",
+        f"with its 95 % interval; {STEPS} steps of {ROWS} rows. Ratios are geometric means of the same seed's.",
+        "Best: the learning rate that held-out rows choose.",
     ]
     for name in a.settings:
         runs = {(s, c): found[name, s, c] for s in range(a.seeds) for c in CORRELATIONS}
