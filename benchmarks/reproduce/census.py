@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.intervals import Interval, difference, interval, table
-from benchmarks.reproduce.heads import prepared, test_metrics
+from benchmarks.reproduce.heads import prepared, train_and_test
 from benchmarks.reproduce.kept import Case, arguments, measured, write
 
 DATA = "data/census-{}"
@@ -69,7 +69,7 @@ CLAIMS = [  # head, what it beats, in which protocols
 def measure(case: Case) -> dict[str, float]:
     """Protocol, head, seed → task → test AUC."""
     protocol, head, seed = case
-    metrics = test_metrics(f"{DATA.format(protocol)}/mmoe.yaml", seed, OF[protocol][head])
+    metrics = train_and_test(f"{DATA.format(protocol)}/mmoe.yaml", seed, OF[protocol][head])
     return {task: of["auc"] for task, of in metrics.items() if task in TASKS}
 
 

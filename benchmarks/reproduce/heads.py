@@ -22,7 +22,7 @@ def prepared(name: str, source: Path | None, out: Path, **options: str) -> Path:
     return config
 
 
-def test_metrics(config: str, seed: int, sections: dict[str, Any]) -> dict[str, Any]:
+def train_and_test(config: str, seed: int, sections: dict[str, Any]) -> dict[str, Any]:
     """Of the best checkpoint on the validation split: task → metric → value on the test split."""
     with TemporaryDirectory() as folder:
         overrides = [f"{name}={json.dumps(value)}" for name, value in sections.items()]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.intervals import difference, table
-from benchmarks.reproduce.heads import prepared, test_metrics
+from benchmarks.reproduce.heads import prepared, train_and_test
 from benchmarks.reproduce.kept import Case, arguments, measured, write
 
 DATA = "data/movielens"
@@ -33,7 +33,7 @@ FIGURES = {"rating": "rmse", "like": "auc"}
 def measure(case: Case) -> dict[str, float]:
     """Head, seed → RMSE of the rating, AUC of the like."""
     head, seed = case
-    metrics = test_metrics(f"{DATA}/mmoe.yaml", seed, HEADS[head])
+    metrics = train_and_test(f"{DATA}/mmoe.yaml", seed, HEADS[head])
     return {f"{task} {FIGURES[task].upper()}": of[FIGURES[task]] for task, of in metrics.items() if task in FIGURES}
 
 
