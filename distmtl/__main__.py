@@ -110,6 +110,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the metrics as JSON")
 
     p = command(
+        "health", health, "Show how the tasks of a run get on with each other: λ, gradients, calibration, gates. Also while it runs.",
+        "distmtl health runs/synthetic",
+    )  # fmt: skip
+    p.add_argument("run_dir", metavar="RUN")
+    p.add_argument("--json", action="store_true", help="print the series as JSON instead")
+
+    p = command(
         "verify", verify, "Prove on a few steps that sharded = unsharded, 1 = N workers and resumed = uninterrupted.",
         "distmtl verify configs/synthetic.yaml --workers 2",
     )  # fmt: skip
@@ -222,6 +229,15 @@ def evaluate(a: argparse.Namespace) -> None:
         if a.out:
             a.out.write_text(json.dumps(metrics, indent=1) + "\n")
         print(json.dumps(metrics))
+
+
+def health(a: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from distmtl.health_page import page, read_history
+
+    history = read_history(a.run_dir)
+    print(json.dumps(asdict(history)) if a.json else page(history))
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:

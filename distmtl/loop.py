@@ -30,6 +30,7 @@ from distmtl.distributed.process import Process, gather_texts, on_first_rank, pr
 from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard
 from distmtl.errors import DistmtlError
 from distmtl.evaluation import calibrate, evaluate_split
+from distmtl.health import Health
 from distmtl.metrics import better, select
 from distmtl.model.loss import StepNumbers
 from distmtl.model.multitask import TrainModel, initialise_dense
@@ -137,6 +138,7 @@ class Training:
         self.asked: Request | None = None  # what the run was last asked to do
         self.look_at = 0  # step at which to look for such a request
         self.meter = Meter(len(self.train_model.loss.terms.names), process.device)
+        self.health = Health(config, self.train_model.loss.terms, self.train_model.model.head.mixture, process.device)
         self.measured: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}  # metrics of the step just evaluated
 
     def start(self, found: checkpoint.Checkpoint | None, notes: list[str], policy: ResumePolicy = "strict") -> None:
@@ -206,6 +208,7 @@ class Training:
                 assert numbers.step == state.step, f"trained batch {numbers.step} at step {state.step}"
                 self._refuse_bad(numbers)
                 self.meter.add(numbers)
+                self.health.add(numbers)
                 self._count()
                 if profiler:
                     profiler.step()
@@ -330,6 +333,7 @@ class Training:
         terms = self.train_model.loss.terms
         losses = dict(zip(terms.names, meter.mean_losses(), strict=True))
         speed = meter.samples_per_second()
+        health, alarms = self.health.report()
         self.progress.say(
             "train",
             step=state.step,
@@ -338,6 +342,7 @@ class Training:
             rows=state.rows,
             loss=sum(c * losses[name] for name, c in zip(terms.names, terms.coefficients, strict=True)),
             losses=losses,
+            health=health,
             samples_per_second=speed,
             data_wait=meter.data_wait(),
             lr=self.optimizers.dense_lr,
@@ -346,6 +351,8 @@ class Training:
             memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             eta_s=(self.total_steps - state.step) * self.config.train.global_batch_size / speed,
         )
+        for alarm in alarms:
+            self.progress.say("note", step=state.step, text=alarm.text, alarm=alarm.subject)
         meter.start_interval()
 
     def _evaluate(self) -> DistmtlError | None:

@@ -136,7 +136,7 @@ class HoME(nn.Module):
         tasks_see = [[t, tasks + g, tasks + n] for t, g in enumerate(self.group_of)]
         self.tasks = Level(out, 2 * out, own, expert, rank, momentum, tasks + n + 1, tasks_see)
         self.num_experts = own * (tasks + n + 1)  # of the second level
-        self.cut = Cut()
+        self.cut = Cut(seen=[[e in seen for e in range(self.num_experts)] for seen in self.tasks.places])
 
     def forward(self, features: Features) -> list[Tensor]:
         sets = len(self.meta.places)

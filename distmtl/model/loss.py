@@ -31,6 +31,8 @@ class StepNumbers:
     error: str | None  # why this rank's reader failed
     weighting: Tensor  # (T,) λ of every task, float64
     gram: Tensor | None  # (T, T) ⟨gᵢ, gⱼ⟩ of the tasks' gradients at the cut over all ranks, float64; None in steps that do not look
+    outputs: Tensor  # (B, O) of this rank's rows
+    batch: Batch  # this rank's
 
 
 class Terms:
@@ -152,8 +154,9 @@ class JointLoss(nn.Module):
         loss = (sums * factors.float()).sum()
         bad_rows = torch.where(bad.any(1), batch.rows, -1)
         numbers = StepNumbers(
-            batch.step, total * share, weight, non_finite, n_failed, bad_rows, self.trained, batch.error, weighting, of_tasks
-        )
+            batch.step, total * share, weight, non_finite, n_failed, bad_rows, self.trained, batch.error, weighting, of_tasks,
+            outputs.detach(), batch,
+        )  # fmt: skip
         return torch.where(self.trained, loss, 0.0), numbers
 
     def _bad(self, finite: Tensor, errors: Tensor, weights: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class CGC(nn.Module):
         self.places = [[*range(t * own, (t + 1) * own), *range(split, split + shared)] for t in range(num_tasks)]  # that a task mixes
         self.gates = nn.ModuleList(Gate(width, own + shared) for _ in range(num_tasks))
         self.shared_gate = None if last else Gate(width, num_tasks * own + shared)
-        self.cut = Cut() if last else None
+        self.cut = Cut(seen=[[e in seen for e in range(split + shared)] for seen in self.places]) if last else None
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
         split = self.num_tasks * self.own

@@ -26,13 +26,15 @@ class Cut(nn.Module):
 
     Args:
         trained: (P, E) whether point p sends a gradient to expert e; default: wherever its gate is not 0.
+        seen: (P, E) whether point p's gate weighs expert e at all; default: every gate weighs every expert.
 
     forward: P points (B, H), gates (P, E, B) or None where the points themselves are shared → the same points
     """
 
-    def __init__(self, trained: Sequence[Sequence[bool]] | None = None):
+    def __init__(self, trained: Sequence[Sequence[bool]] | None = None, seen: Sequence[Sequence[bool]] | None = None):
         super().__init__()
         self.trained = None if trained is None else torch.tensor(trained)
+        self.seen = seen
         self.points: list[Tensor] = []
         self.gates: Tensor | None = None  # of the last training step
         self.replacement: list[Tensor | None] | None = None  # gradient of every point, in place of that of the loss
