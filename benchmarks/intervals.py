@@ -1,0 +1,48 @@
+"""Means over seeds with their 95 % intervals, by Student's t; differences and ratios are of the same seed, paired."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Where a mean over n seeds lies."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def text(self, digits: int = 4, sign: str = "") -> str:
+        return f"{self.mean:{sign}.{digits}f} [{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]"
+
+    def side(self, of: float = 0.0) -> int:
+        """-1 if the interval is below a value, 1 if above, 0 if it holds it."""
+        return (self.low > of) - (self.high < of)
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of the mean; infinite for a single value."""
+    x, n = np.asarray(values, float), len(values)
+    mean = float(x.mean())
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * x.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """Of the mean of a - b."""
+    return interval(np.subtract(a, b).tolist())
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """Of the geometric mean of a / b."""
+    logs = interval(np.log(np.divide(a, b)).tolist())
+    return Interval(*(math.exp(x) for x in (logs.mean, logs.low, logs.high)), logs.n)
