@@ -159,8 +159,8 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "`python -m benchmarks.conflict`. AUC of click and like; of watch the share of the variance of its true expectation that is",
         "explained. Mean, and difference to static [95 % interval], of the same seeds, paired. Verdicts: an interval beyond 0. cosine: the",
-        "mean over steps and seeds between the tasks' gradients, of click and like, click and watch, like and watch. rate: the factor on the",
-        "learning rates that was best for it, of 1/3, 1 and 3.",
+        "mean over steps and seeds between the tasks' gradients, of click and like, click and watch, like and watch. rate: the factor on",
+        "the learning rates that was best for it, of 1/3, 1 and 3.",
         "",
     ]
     for log, of_log in report["studies"].items():
