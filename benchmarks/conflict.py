@@ -135,8 +135,9 @@ def study(lab: Lab, log: str, head: str, kinds: list[str], seeds: int) -> dict[s
                 "mean": {t: round(interval(of[t]).mean, 5) for t in TASKS},
                 "difference": {t: [round(x, 5) for x in bounds(difference(of[t], static[t]))] for t in TASKS if kind != "static"},
                 "cosine": {p: round(interval(of[p]).mean, 4) for p in PAIRS},
+                "seeds": {f: [round(v, 5) for v in values] for f, values in of.items()},
             }
-            print(log, head, name, kind, out[name]["kinds"][kind], flush=True)
+        print(f"{log}, {head}, {name}: done", flush=True)
     return out
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -46,3 +47,19 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> Interval:
     """Of the geometric mean of a / b."""
     logs = interval(np.log(np.divide(a, b)).tolist())
     return Interval(*(math.exp(x) for x in (logs.mean, logs.low, logs.high)), logs.n)
+
+
+def table(runs: dict[str, list[dict[str, float]]], baseline: str, digits: int = 4) -> tuple[dict[str, Any], list[str]]:
+    """case → figures of every seed: means, and differences from a baseline's; as JSON and as Markdown."""
+    names = list(runs[baseline][0])
+    report: dict[str, Any] = {}
+    lines = ["| |" + "".join(f" {n} | over {baseline} |" for n in names), "|---" * (2 * len(names) + 1) + "|"]
+    for case, figures in runs.items():
+        cells, report[case] = [], {}
+        for n in names:
+            ours, theirs = ([f[n] for f in of] for of in (figures, runs[baseline]))
+            mean, gain = interval(ours), difference(ours, theirs)
+            report[case][n] = {"values": ours, **asdict(mean), "over baseline": asdict(gain)}
+            cells += [mean.text(digits), gain.text(digits, "+") if case != baseline else ""]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return report, lines
