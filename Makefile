@@ -9,7 +9,7 @@ TORCHREC := torchrec==1.8.0
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow chaos bench bench-check bench-heads bench-quality bench-reproduce bench-sizes peers lint clean
+.PHONY: help install install-dev quickstart test test-slow chaos bench bench-check bench-heads bench-quality bench-conflict bench-reproduce bench-sizes peers lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench-heads: data/wide/mmoe.yaml ## every head's speed beside its own matrix pro
 
 bench-quality: install ## heads, features and losses where the truth is planted; about 40 minutes
 	@$(BIN)/python -m benchmarks.quality
+
+bench-conflict: install ## every weighting against static weights where conflict is planted, and where not; about an hour
+	@$(BIN)/python -m benchmarks.conflict
 
 bench-reproduce: install ## results of the MMoE, PLE, ESMM and ESCM² papers; 2 hours; raw files: CENSUS=DIR MOVIELENS=DIR
 	@$(BIN)/python -m benchmarks.reproduce.mmoe_synthetic

@@ -60,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, type=Path, metavar="DIR")
     p.add_argument("--rows", type=int, default=600_000, help="rows of all splits together (default: %(default)s)")
     p.add_argument("--wide", action="store_true", help="24 id features, 2 bags and 8 numbers over tables of up to 2,000,000 rows, instead")
+    p.add_argument(
+        "--conflict", type=float, nargs="?", const=1.0, metavar="STRENGTH",
+        help="three tasks that want opposed things of the same features, instead; 0 to 1 says how opposed (default: 1)",
+    )  # fmt: skip
     p.add_argument("--users", type=int, help="distinct users, up to 1e8 (default: 20000)")
     p.add_argument("--items", type=int, help="distinct items, up to 1e8 (default: 5000)")
     p.add_argument("--domains", type=int, help="domains that differ in their signal (default: 1)")
@@ -159,15 +163,22 @@ def config_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def synth(a: argparse.Namespace) -> None:
-    from distmtl.data.synthetic import World, write_log
+    from distmtl.data.conflict import ConflictWorld
+    from distmtl.data.synthetic import Source, World, write_log
     from distmtl.data.wide import WideWorld
 
     sizes = {
         name: getattr(a, name) for name in ("users", "items", "domains", "confounding", "kept_negatives") if getattr(a, name) is not None
     }
-    if a.wide and sizes:
-        raise DistmtlError(f"--{next(iter(sizes))} says nothing about a --wide log; leave one of them out")
-    rows = write_log(a.out, WideWorld(a.seed) if a.wide else World(a.seed, **sizes), rows=a.rows)
+    kinds = [kind for kind, asked in (("wide", a.wide), ("conflict", a.conflict is not None)) if asked]
+    if kinds and (others := [*kinds[1:], *sizes]):
+        raise DistmtlError(f"--{others[0].replace('_', '-')} says nothing about a --{kinds[0]} log; leave one of them out")
+    world: Source
+    if a.conflict is not None:
+        world = ConflictWorld(a.seed, a.conflict)
+    else:
+        world = WideWorld(a.seed) if a.wide else World(a.seed, **sizes)
+    rows = write_log(a.out, world, rows=a.rows)
     print(f"wrote {rows:,} rows to {a.out}; next: distmtl train {a.out}/mmoe.yaml --workers 2")
 
 

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 
+from benchmarks import conflict
 from benchmarks.check import drops
 from benchmarks.gemms import DTYPES, cpu_seconds, products
 from benchmarks.heads import HEADS, markdown, measure
@@ -55,3 +56,20 @@ def test_every_piece_of_the_limit_and_the_loops_run(config):
     assert sizes["all-to-all"] == (ids * 8 + rows * len(config.embedded) * 4) // 2 + rows * sum(f.dim for f in config.embedded) * 4
     for loop in (InMemory(config, batches), PyTorch(config)):
         loop.train(batches)
+
+
+def test_better_and_worse_are_beyond_the_interval():
+    gain, loss, nothing = [0.2, 0.1, 0.3], [-0.2, -0.3, -0.1], [0.2, -0.1, 0.5]
+    verdict = lambda *of: conflict.verdict(dict(zip(conflict.TASKS, of, strict=True)))  # noqa: E731
+    assert verdict(gain, gain, gain) == "**better on every task**"
+    assert verdict(gain, nothing, loss) == "better on click; worse on watch"
+    assert verdict(nothing, nothing, nothing) == "the same"
+
+
+def test_a_run_of_the_conflict_study(tmp_path):
+    """Its test labels of watch are the truth, so that a share of 1 could be reached; the tasks' gradients are told."""
+    conflict.write(tmp_path, "conflict", 0, 20_000)
+    found = conflict.Run("conflict", "shared_bottom", "pcgrad", 0.003).make(tmp_path)
+    assert found.keys() == {*conflict.TASKS, *conflict.PAIRS, "reached"}
+    assert 0.5 < found["click"] < 1 and -0.5 < found["watch"] < 1
+    assert all(-1 < found[pair] < 1 for pair in conflict.PAIRS)
