@@ -3,6 +3,7 @@
 import pytest
 import tiny
 
+from benchmarks import weighting
 from benchmarks.check import drops
 from benchmarks.gemms import DTYPES, cpu_seconds, products
 from benchmarks.heads import HEADS, markdown, measure
@@ -55,3 +56,9 @@ def test_every_piece_of_the_limit_and_the_loops_run(config):
     assert sizes["all-to-all"] == (ids * 8 + rows * len(config.embedded) * 4) // 2 + rows * sum(f.dim for f in config.embedded) * 4
     for loop in (InMemory(config, batches), PyTorch(config)):
         loop.train(batches)
+
+
+def test_every_method_is_measured_beside_static_weights(config):
+    found = weighting.measure(weighting.twice(config), rounds=1)
+    assert found.keys() >= {"static, looking", *weighting.READING} and all(m["ratio"] > 0 for m in found.values())
+    assert "| static, looking |" in weighting.markdown({"conditions": {"versions": {}}, "cases": {"4 tasks": found}})

@@ -129,7 +129,7 @@ class JointLoss(nn.Module):
         bad = self._bad(finite, errors, weights)
         sums = (torch.where(bad, 0.0, errors) * weights).sum(0)
         looks = self.cut is not None and (self.reads_gradients or (batch.step + 1) % self.log_every == 0)
-        gradients = self.cut.gradients(sums) if looks and self.cut is not None else []
+        gradients = self.cut.gradients(sums, outputs) if looks and self.cut is not None else []
         gram = self.cut.gram(gradients).to(sums.device) if looks and self.cut is not None else sums.new_empty(0)
 
         failed = sums.new_tensor([float(batch.error is not None)])

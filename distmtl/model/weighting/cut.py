@@ -34,6 +34,7 @@ class Cut(nn.Module):
         super().__init__()
         self.trained = None if trained is None else torch.tensor(trained)
         self.points: list[Tensor] = []
+        self.towers: Sequence[Tensor] = ()
         self.gates: Tensor | None = None  # of the last training step
         self.replacement: list[Tensor | None] | None = None  # gradient of every point, in place of that of the loss
 
@@ -44,15 +45,31 @@ class Cut(nn.Module):
         self.points = list(_Point.apply(self, *points))
         return list(self.points)
 
-    def gradients(self, losses: Tensor) -> Gradients:
-        """Of K losses, (K,), at every point; None where a loss does not depend on it. Touches neither parameters nor tables."""
-        found = [torch.autograd.grad(loss, self.points, retain_graph=True, allow_unused=True) for loss in losses.unbind()]
-        self.points = []  # not to keep the graph alive
+    def beside(self, towers: Sequence[Tensor]) -> Tensor:
+        """What is computed above the cut side by side, T × (B, o) → (B, O). In training it remembers the parts."""
+        if self.points:
+            self.towers = towers
+        return torch.cat(list(towers), dim=1)
+
+    def gradients(self, losses: Tensor, outputs: Tensor) -> Gradients:
+        """Of K losses, (K,), of what `beside` returned, at every point; None where a loss does not depend on it. Touches neither
+        parameters nor tables, and of the towers only those that a loss reads."""
+        of_outputs = [torch.autograd.grad(loss, outputs, retain_graph=True)[0] for loss in losses.unbind()]
+        of_towers = [g.split([t.shape[1] for t in self.towers], dim=1) for g in of_outputs]
+        reads = torch.stack([torch.stack([g.any() for g in of_loss]) for of_loss in of_towers]).tolist()
+        found: Gradients = []
+        for of_loss, read in zip(of_towers, reads, strict=True):
+            towers = [tower for tower, yes in zip(self.towers, read, strict=True) if yes]
+            arriving = [g for g, yes in zip(of_loss, read, strict=True) if yes]
+            some = torch.autograd.grad(towers, self.points, arriving, retain_graph=True, allow_unused=True) if towers else ()
+            found.append(some or (None,) * len(self.points))
+        self.points, self.towers = [], ()  # not to keep the graph alive
         return found
 
     def gram(self, gradients: Gradients) -> Tensor:
         """(K, K) float64, of this rank's rows."""
         overlap, losses = self._overlap(), range(len(gradients))
+        gradients = [tuple(g if g is None else g.float() for g in of_loss) for of_loss in gradients]
         gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
         for k in losses:
             for other in range(k + 1):
@@ -68,9 +85,9 @@ class Cut(nn.Module):
 
     def replace(self, gradients: Gradients, factors: Tensor) -> None:
         """Let Σₖ factorsₖ·gradientsₖ go on from every point, whatever arrives there. Zero factors replace even what is not finite."""
+        each = factors.tolist()
         self.replacement = [
-            _sum([torch.where(f == 0, 0.0, f * g) for f, g in zip(factors, of_point, strict=True) if g is not None])
-            for of_point in zip(*gradients, strict=True)
+            _sum([f * g for f, g in zip(each, of_point, strict=True) if f and g is not None]) for of_point in zip(*gradients, strict=True)
         ]
 
     def _overlap(self) -> Tensor | None:
@@ -78,7 +95,7 @@ class Cut(nn.Module):
         if self.gates is None:
             return None
         gates = self.gates if self.trained is None else self.gates * self.trained[:, :, None].to(self.gates)
-        return torch.einsum("ieb,jeb->ijb", gates, gates)
+        return torch.stack([(gates * of_point).sum(1) for of_point in gates])
 
 
 class _Point(torch.autograd.Function):
@@ -99,5 +116,5 @@ def _sum(tensors: list[Tensor]) -> Tensor | None:
 
 def _inner(a: Tensor, b: Tensor, weights: Tensor | None) -> Tensor:
     """Σ_rows weights·⟨a, b⟩, float64: (B, H), (B, H), (B,) → ()"""
-    rows = torch.linalg.vecdot(a.float(), b.float())
+    rows = torch.linalg.vecdot(a, b)
     return (rows if weights is None else rows * weights).sum(dtype=torch.float64)
