@@ -9,7 +9,7 @@ TORCHREC := torchrec==1.8.0
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow chaos bench bench-check bench-heads bench-quality bench-conflict bench-reproduce bench-sizes peers lint clean
+.PHONY: help install install-dev quickstart test test-slow chaos bench bench-check bench-heads bench-quality bench-conflict bench-reproduce bench-sizes bench-weighting peers lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ bench-check: data/wide/mmoe.yaml ## the same, failing where a ratio has dropped 
 
 bench-heads: data/wide/mmoe.yaml ## every head's speed beside its own matrix products; about 2 minutes, on a quiet machine
 	@$(BIN)/python -m benchmarks.heads data/wide/mmoe.yaml
+
+bench-weighting: data/wide/mmoe.yaml ## what methods that read the tasks' gradients cost a step; a minute per method, on a quiet machine
+	@$(BIN)/python -m benchmarks.weighting data/wide/mmoe.yaml
 
 bench-quality: install ## heads, features and losses where the truth is planted; about 40 minutes
 	@$(BIN)/python -m benchmarks.quality

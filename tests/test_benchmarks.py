@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from benchmarks import conflict
+from benchmarks import conflict, weighting
 from benchmarks.check import drops
 from benchmarks.gemms import DTYPES, cpu_seconds, products
 from benchmarks.heads import HEADS, markdown, measure
@@ -73,3 +73,9 @@ def test_a_run_of_the_conflict_study(tmp_path):
     assert found.keys() == {*conflict.TASKS, *conflict.PAIRS, "reached"}
     assert 0.5 < found["click"] < 1 and -0.5 < found["watch"] < 1
     assert all(-1 < found[pair] < 1 for pair in conflict.PAIRS)
+
+
+def test_every_method_is_measured_beside_static_weights(config):
+    found = weighting.measure(weighting.twice(config), rounds=1)
+    assert found.keys() >= {"static, looking", *weighting.READING} and all(m["ratio"] > 0 for m in found.values())
+    assert "| static, looking |" in weighting.markdown({"conditions": {"versions": {}}, "cases": {"4 tasks": found}})

@@ -18,6 +18,7 @@ from distmtl.model.head import Head
 from distmtl.model.layout import Features, Layout
 from distmtl.model.loss import JointLoss, Terms
 from distmtl.model.multitask import initialise_dense
+from distmtl.model.weighting.cut import Gradients
 
 B = 24
 HEADS: dict[str, dict[str, Any]] = {
@@ -87,9 +88,12 @@ class Built:
 
     def losses(self) -> Tensor:
         self.probed.clear()
-        outputs = self.head(Features(tuple(self.x), self.domain.clamp(max=2), torch.ones(B, dtype=torch.bool)))
-        errors, weights = Terms(self.config)(outputs, self.batch)
+        self.outputs = self.head(Features(tuple(self.x), self.domain.clamp(max=2), torch.ones(B, dtype=torch.bool)))
+        errors, weights = Terms(self.config)(self.outputs, self.batch)
         return (errors * weights).sum(0)
+
+    def gradients(self, losses: Tensor) -> Gradients:
+        return self.head.cut.gradients(losses, self.outputs, Terms(self.config).reads)
 
     def compared(self) -> list[Tensor]:
         """Where the tasks' gradients are compared."""
@@ -128,7 +132,7 @@ class TestCut:
     def test_gram_is_that_of_the_gradients_where_sharing_ends(self, kind, model, cut):
         built = Built(kind, model, cut)
         expected = explicit(built)
-        gram = built.head.cut.gram(built.head.cut.gradients(built.losses()))
+        gram = built.head.cut.gram(built.gradients(built.losses()))
         norms = expected.diagonal().sqrt()
         assert (norms > 0).all()
         torch.testing.assert_close(gram / norms / norms[:, None], expected / norms / norms[:, None], rtol=0, atol=1e-6)
@@ -139,7 +143,7 @@ class TestCut:
         factors = torch.linspace(2.0, -0.5, len(losses), dtype=torch.float64)
         own, weighted = built.trained(losses.sum()), built.trained((built.losses() * factors).sum())
         losses = built.losses()
-        built.head.cut.replace(built.head.cut.gradients(losses), factors)
+        built.head.cut.replace(built.gradients(losses), factors)
         for name, gradient in built.trained(losses.sum()).items():
             expected = own[name] if built.above(name) else weighted[name]
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
@@ -151,12 +155,12 @@ class TestCut:
 def test_bfloat16():
     """Gradients at the cut are those of the precision trained in; their products are summed in full."""
     rough, fine = (Built("mmoe", HEADS["mmoe"], "network", precision=precision) for precision in ("bf16", "fp32"))
-    gram, expected = (b.head.cut.gram(b.head.cut.gradients(b.losses())) for b in (rough, fine))
+    gram, expected = (b.head.cut.gram(b.gradients(b.losses())) for b in (rough, fine))
     torch.testing.assert_close(gram, explicit(rough), rtol=0.02, atol=0)
     norms = expected.diagonal().sqrt()
     torch.testing.assert_close(gram / norms / norms[:, None], expected / norms / norms[:, None], rtol=0, atol=0.05)
     losses = rough.losses()
-    rough.head.cut.replace(rough.head.cut.gradients(losses), torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64))
+    rough.head.cut.replace(rough.gradients(losses), torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64))
     one = rough.trained(losses.sum())
     other = rough.trained((rough.losses() * torch.tensor([2.0, 0.5, 1.0])).sum())
     for name in one:

@@ -190,7 +190,7 @@ def pareto_weights(config: Config) -> tuple[list[float], list[list[float]], list
     batch = batch_of(labels.tolist(), [1.0] * 8)
     outputs = head(Features((x,)))
     errors, weights = loss.terms(outputs, batch)
-    own = head.cut.gram(head.cut.gradients((errors * weights).sum(0)))
+    own = head.cut.gram(head.cut.gradients((errors * weights).sum(0), outputs, loss.terms.reads))
     _, numbers = loss(head(Features((x,))), batch)
     assert numbers.gram is not None
     return numbers.weighting.tolist(), numbers.gram.tolist(), own.tolist()
@@ -214,7 +214,7 @@ def test_gradnorm_reads_where_sharing_ends():
     cut, first, last = Cut(), torch.randn(6, 5, requires_grad=True), torch.randn(5, 3)
     loss = JointLoss(tiny.config(Path(), Path(), weighting={"kind": "gradnorm", "alpha": 0.0, "lr": 0.1}), cut)
     (shared,) = cut([torch.randn(4, 6) @ first])
-    outputs, batch = shared @ last, batch_of(LABELS, [1.0] * 4)
+    outputs, batch = cut.beside([shared @ column for column in last.split(1, dim=1)]), batch_of(LABELS, [1.0] * 4)
     sums = [(error.sum() * weight / 4) for error, weight in zip(loss.terms(outputs, batch)[0].T, (1.0, 1.0, 0.5), strict=True)]
     norms = torch.stack([torch.autograd.grad(s, shared, retain_graph=True)[0].norm() for s in sums]).double()
     numbers = loss(outputs, batch)[1]

@@ -76,7 +76,7 @@ class Head(nn.Module):
             shared = self.sharing(features)
             outputs = [tower(h) for tower, h in zip(self.towers, shared, strict=True)]
             outputs += [tower(shared[t]) for tower, t in zip(self.imputation, self.imputed, strict=True)]
-        return torch.cat(outputs, dim=1)
+        return self.cut.beside(outputs)
 
 
 def width_of(task: Any, width: int) -> int:

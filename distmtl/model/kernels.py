@@ -95,6 +95,18 @@ def _relu_backward(gradient: Tensor, output: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(gradient, output, 0)
 
 
+def _wanted(ctx: Any) -> list[bool]:
+    """Of which of its tensors this backward pass is to find the gradient: fewer than need one in torch.autograd.grad(…, inputs)."""
+    return [node is not None and _runs(node) for node, _ in ctx.next_functions]
+
+
+def _runs(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # it does not answer for leaves that are themselves among the inputs
+        return True
+
+
 class _LinearReLU(torch.autograd.Function):
     """Arguments: for every layer the number of its input, weight, bias, the distinct inputs."""
 
@@ -111,12 +123,16 @@ class _LinearReLU(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         inputs, outputs = saved[: -len(ctx.reads)], saved[-len(ctx.reads) :]
         of_inputs: list[Tensor | None] = [None] * len(inputs)
-        of_weight, of_bias = torch.empty_like(weight), weight.new_empty(weight.shape[:2])
+        needs_weight, needs_bias, *needs = _wanted(ctx)
+        of_weight = torch.empty_like(weight) if needs_weight else None
+        of_bias = weight.new_empty(weight.shape[:2]) if needs_bias else None
         for e, (i, gradient, output) in enumerate(zip(ctx.reads, gradients, outputs, strict=True)):
             g = _relu_backward(gradient, output)
-            torch.mm(g.T, inputs[i], out=of_weight[e])
-            torch.sum(g, 0, out=of_bias[e])
-            if ctx.needs_input_grad[3 + i]:
+            if of_weight is not None:
+                torch.mm(g.T, inputs[i], out=of_weight[e])
+            if of_bias is not None:
+                torch.sum(g, 0, out=of_bias[e])
+            if needs[i]:
                 so_far = of_inputs[i]
                 of_inputs[i] = g @ weight[e] if so_far is None else so_far.addmm_(g, weight[e])
         return None, of_weight, of_bias, *of_inputs

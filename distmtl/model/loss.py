@@ -40,6 +40,7 @@ class Terms:
 
     names, coefficients, owners: of the K terms; a task's coefficient is its own weight, a further term's includes that of the task that
     owns it.
+    reads: the towers whose outputs a term is made of; None may be any.
     """
 
     def __init__(self, config: Config):
@@ -60,6 +61,10 @@ class Terms:
         self.names = [name for name, _, _ in terms]
         self.coefficients = [float(c) for _, c, _ in terms]
         self.owners = [owner for _, _, owner in terms]
+        self.reads: list[list[int] | None] = [
+            line if s in ("entire", "joint") else [t] for t, (line, s) in enumerate(zip(self.lineages, self.spaces, strict=True))
+        ]
+        self.reads += [None] * (len(terms) - len(config.tasks))
 
     def __call__(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Outputs (B, O) → errors (B, K) and their weights (B, K): 0 where a row does not count, and its error is then 0."""
@@ -131,7 +136,7 @@ class JointLoss(nn.Module):
         bad = self._bad(finite, errors, weights)
         sums = (torch.where(bad, 0.0, errors) * weights).sum(0)
         looks = self.cut is not None and (self.reads_gradients or (batch.step + 1) % self.log_every == 0)
-        gradients = self.cut.gradients(sums) if looks and self.cut is not None else []
+        gradients = self.cut.gradients(sums, outputs, self.terms.reads) if looks and self.cut is not None else []
         gram = self.cut.gram(gradients).to(sums.device) if looks and self.cut is not None else sums.new_empty(0)
 
         failed = sums.new_tensor([float(batch.error is not None)])

@@ -10,12 +10,14 @@ from distmtl.model.kernels import linear_relu, mix, segment_sum, spread
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def test_a_run_on_cuda_learns_what_one_on_cpu_does(tmp_path):
+@pytest.mark.parametrize("weighting", ["static", "pcgrad"])
+def test_a_run_on_cuda_learns_what_one_on_cpu_does(tmp_path, weighting):
     tiny.write(tmp_path)
     losses = {}
     for device in ("cpu", "cuda"):
         seen: list[dict] = []
         sections = {"cluster": {"device": device}, "train": {"global_batch_size": 128, "steps": 20, "log_every": 1}}
+        sections["weighting"] = {"kind": weighting}
         train(tiny.config(tmp_path, tmp_path / device, **sections), report=seen.append)
         losses[device] = [r["loss"] for r in seen if r["kind"] == "train"]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)

@@ -43,6 +43,7 @@ class Cut(nn.Module):
         self.trained = None if trained is None else torch.tensor(trained)
         self.seen = seen
         self.points: list[Tensor] = []
+        self.towers: Sequence[Tensor] = ()
         self.gates: Tensor | None = None  # of the last training step
         self.replacement: list[Tensor | None] | None = None  # gradient of every point, in place of that of the loss
 
@@ -53,17 +54,34 @@ class Cut(nn.Module):
         self.points = list(_Point.apply(self, *points)) if any(p.requires_grad for p in points) else []
         return list(self.points or points)
 
-    def gradients(self, losses: Tensor) -> Gradients:
-        """Of K losses, (K,), at every point; None where a loss does not depend on it. Touches neither parameters nor tables."""
+    def beside(self, towers: Sequence[Tensor]) -> Tensor:
+        """What is computed above the cut side by side, T × (B, o) → (B, O). In training it remembers the parts."""
+        if self.points:
+            self.towers = towers
+        return torch.cat(list(towers), dim=1)
+
+    def gradients(self, losses: Tensor, outputs: Tensor, reads: Sequence[Sequence[int] | None]) -> Gradients:
+        """Of K losses, (K,), of what `beside` returned, at every point; None where a loss does not depend on it. Touches neither
+        parameters nor tables. On all ranks through the same layers, whatever their rows: below may be collectives.
+
+        Args:
+            reads: of every loss, the towers whose outputs it is made of; None: all.
+        """
         if not self.points:  # all of them are data
             return [()] * len(losses)
-        found = [torch.autograd.grad(loss, self.points, retain_graph=True, allow_unused=True) for loss in losses.unbind()]
-        self.points = []  # not to keep the graph alive
+        of_outputs = [torch.autograd.grad(loss, outputs, retain_graph=True)[0] for loss in losses.unbind()]
+        of_towers = [g.split([t.shape[1] for t in self.towers], dim=1) for g in of_outputs]
+        found = []
+        for g, read in zip(of_towers, reads, strict=True):
+            towers, arriving = (of if read is None else [of[t] for t in read] for of in (self.towers, g))
+            found.append(torch.autograd.grad(towers, self.points, arriving, retain_graph=True, allow_unused=True))
+        self.points, self.towers = [], ()  # not to keep the graph alive
         return found
 
     def gram(self, gradients: Gradients) -> Tensor:
         """(K, K) float64, of this rank's rows."""
         overlap, losses = self._overlap(), range(len(gradients))
+        gradients = [tuple(g if g is None else g.float() for g in of_loss) for of_loss in gradients]
         gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
         for k in losses:
             for other in range(k + 1):
@@ -79,9 +97,9 @@ class Cut(nn.Module):
 
     def replace(self, gradients: Gradients, factors: Tensor) -> None:
         """Let Σₖ factorsₖ·gradientsₖ go on from every point, whatever arrives there. Zero factors replace even what is not finite."""
+        each = factors.tolist()
         self.replacement = [
-            _sum([torch.where(f == 0, 0.0, f * g) for f, g in zip(factors, of_point, strict=True) if g is not None])
-            for of_point in zip(*gradients, strict=True)
+            _sum([f * g for f, g in zip(each, of_point, strict=True) if f and g is not None]) for of_point in zip(*gradients, strict=True)
         ]
 
     def _overlap(self) -> Tensor | None:
@@ -89,7 +107,7 @@ class Cut(nn.Module):
         if self.gates is None:
             return None
         gates = self.gates if self.trained is None else self.gates * self.trained[:, :, None].to(self.gates)
-        return torch.einsum("ieb,jeb->ijb", gates, gates)
+        return torch.stack([(gates * of_point).sum(1) for of_point in gates])
 
 
 class _Point(torch.autograd.Function):
@@ -101,7 +119,9 @@ class _Point(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return None, *(gradients if ctx.cut.replacement is None else ctx.cut.replacement)
+        if ctx.cut.replacement is None:
+            return None, *gradients
+        return None, *(torch.zeros_like(g) if r is None else r for g, r in zip(gradients, ctx.cut.replacement, strict=True))
 
 
 def _sum(tensors: list[Tensor]) -> Tensor | None:
@@ -110,5 +130,5 @@ def _sum(tensors: list[Tensor]) -> Tensor | None:
 
 def _inner(a: Tensor, b: Tensor, weights: Tensor | None) -> Tensor:
     """Σ_rows weights·⟨a, b⟩, float64: (B, H), (B, H), (B,) → ()"""
-    rows = torch.linalg.vecdot(a.float(), b.float())
+    rows = torch.linalg.vecdot(a, b)
     return (rows if weights is None else rows * weights).sum(dtype=torch.float64)
