@@ -240,10 +240,10 @@ def test_no_step_keeps_the_graph_of_the_one_before(kind):
     cut, held = Cut(), type("Marker", (), {})()
     alive, loss = weakref.ref(held), JointLoss(tiny.config(Path(), Path(), weighting={"kind": kind}), cut)
     (x,) = cut([Held.apply(torch.randn(4, 3, requires_grad=True), held)])
-    value, numbers = loss(x, batch_of(LABELS, [1.0] * 4))
+    value, numbers = loss(cut.beside(x.split(1, dim=1)), batch_of(LABELS, [1.0] * 4))
     value.backward()
     del x, value, held
     if kind != "gradnorm":
-        cut.points = []  # only a weighting that reads gradients takes them up
+        cut.points, cut.towers = [], ()  # only a weighting that reads gradients takes them up
     gc.collect()
     assert alive() is None and not numbers.losses.requires_grad
