@@ -196,7 +196,7 @@ def short_run(config: Config, steps: int = STEPS) -> ShortRun:
 
 def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, Tensor, State]:
     """(steps, K) losses and (steps, T) λ of the same steps in one process without TorchRec (F.embedding_bag, table optimizers written
-    out, tasks' gradients side by side), and all parameters afterwards."""
+    out, tasks' gradients side by side), parameters and state afterwards."""
     weights = {n: v.clone() for n, v in ranks[0].before.items()}
     tables = {f.table_name: weights[_weight(config, f)].requires_grad_() for f in config.embedded}
     columns, pooling, head = DenseColumns(config), SequencePooling(config), Head(config, Layout.of(config))
@@ -234,7 +234,8 @@ def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, Tensor
         dense.step()
         for name, table in tables.items():
             _step_table(config.table_optimizer(name), table, momentum[name])
-    after = {n: w.detach() for n, w in weights.items()} | {f"model.{n}": v for n, v in model.state_dict().items()}
+    after = {n: w.detach() for n, w in weights.items()}
+    after |= {f"model.{n}": v for n, v in model.state_dict().items()} | {f"loss.weighting.{n}": v for n, v in balance.state_dict().items()}
     return torch.stack(losses), torch.stack(weightings), after
 
 
@@ -257,7 +258,7 @@ class Shared:
     def gram(self, losses: Tensor) -> Tensor:
         """(T, T) float64: products of the losses' gradients, every one a vector over all rows and outputs."""
         found = [torch.autograd.grad(loss, self.outputs, retain_graph=True, materialize_grads=True) for loss in losses.unbind()]
-        vectors = torch.stack([torch.cat([g.flatten() for g in of_loss]).double() for of_loss in found])
+        vectors = torch.stack([torch.cat([g[:, : self.head.cut.columns].flatten() for g in of_loss]).double() for of_loss in found])
         return vectors @ vectors.T
 
     def above(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:

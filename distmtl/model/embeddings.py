@@ -10,6 +10,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distmtl.config import Config, VectorFeature
+from distmtl.model.guard import Guard
 from distmtl.model.kernels import Run, side_by_side
 from distmtl.model.layout import Features
 
@@ -85,6 +86,7 @@ class FeatureVector(nn.Module):
         self.copies = config.copies
         self.mean = [i for i, f in enumerate(config.embedded) if f.pooling == "mean"]
         self.dense = DenseColumns(config)
+        self.guard = Guard()
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
 
     def forward(
@@ -107,7 +109,7 @@ class FeatureVector(nn.Module):
         for key, width in widths.items():
             starts[key], start = start, start + width
         blocks = [self._runs(starts, copy) for copy in range(self.copies)]
-        return Features(side_by_side(values, blocks, scales, self.dense(dense), self.dtype), domain, (weights > 0).any(1))
+        return Features(side_by_side(self.guard(values), blocks, scales, self.dense(dense), self.dtype), domain, (weights > 0).any(1))
 
     def _runs(self, starts: dict[str, int], copy: int) -> list[Run]:
         """The columns of a copy in config order, neighbours in `pooled` that are neighbours here taken together."""

@@ -13,6 +13,7 @@ from distmtl.batch import Batch
 from distmtl.config import AITMConfig, Config, ESCM2Config
 from distmtl.model.escm2 import counterfactual
 from distmtl.model.funnel import joint_labels, joint_logit, lineage
+from distmtl.model.guard import Guard
 from distmtl.model.kinds import places, row_loss
 from distmtl.model.weighting import Cut, weighting
 
@@ -116,19 +117,20 @@ class JointLoss(nn.Module):
     Args:
         cut: where the head that computes the outputs compares the tasks' gradients; every `train.log_every` steps it is looked at in
             any case, to be logged.
+        guard: before the tables; told whether the step's update is made.
 
     forward: outputs (B, O), batch → scalar loss of this rank, StepNumbers
     """
 
-    def __init__(self, config: Config, cut: Cut | None = None):
+    def __init__(self, config: Config, cut: Cut | None = None, guard: Guard | None = None):
         super().__init__()
+        self.guard = guard or Guard()
         self.terms, self.weighting, self.cut, self.log_every = Terms(config), weighting(config), cut, config.train.log_every
         self.reads_gradients = config.weighting.reads_gradients
         self.register_buffer("coefficients", torch.tensor(self.terms.coefficients, dtype=torch.float64), persistent=False)
         self.register_buffer("owners", torch.tensor(self.terms.owners), persistent=False)
         self.coefficients: Tensor
         self.owners: Tensor
-        self.trained = torch.tensor(True)  # of the last forward: the optimizer looks here before it steps
 
     def forward(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, StepNumbers]:
         finite = torch.isfinite(outputs)
@@ -148,23 +150,28 @@ class JointLoss(nn.Module):
         n_failed, gram = shared[3 * k], shared[3 * k + 1 :].view(-1, k)
         if self.reads_gradients:
             non_finite = non_finite + ~torch.isfinite(gram.diagonal())  # a finite loss whose gradient is not
-        self.trained = (non_finite.sum() == 0) & (n_failed == 0)
+        trained = self.guard.trained = (non_finite.sum() == 0) & (n_failed == 0)
 
         share = torch.where(weight > 0, 1.0 / weight.clamp(min=1e-30), 0.0)
         scale = share * self.coefficients
         of_tasks = gram * scale[:, None] * scale if looks else None
         weighting, of_tasks = self._balance(batch.step, total * scale, weight, of_tasks)
-        factors = torch.where(self.trained, weighting[self.owners] * scale, 0.0)
+        factors = torch.where(trained, weighting[self.owners] * scale, 0.0)
         if self.weighting.surgery and self.cut is not None:
             self.cut.replace(gradients, factors)
             factors = scale
         loss = (sums * factors.float()).sum()
         bad_rows = torch.where(bad.any(1), batch.rows, -1)
         numbers = StepNumbers(
-            batch.step, total * share, weight, non_finite, n_failed, bad_rows, self.trained, batch.error, weighting, of_tasks,
+            batch.step, total * share, weight, non_finite, n_failed, bad_rows, trained, batch.error, weighting, of_tasks,
             outputs.detach(), batch,
         )  # fmt: skip
-        return torch.where(self.trained, loss, 0.0), numbers
+        return torch.where(trained, loss, 0.0), numbers
+
+    @property
+    def trained(self) -> Tensor:
+        """Of the last forward: the optimizer looks here before it steps."""
+        return self.guard.trained
 
     def _bad(self, finite: Tensor, errors: Tensor, weights: Tensor) -> Tensor:
         """(B, K): which errors count and are not finite, or come of an output that is not."""

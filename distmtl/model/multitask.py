@@ -48,7 +48,7 @@ class TrainModel(nn.Module):
     def __init__(self, config: Config, device: torch.device):
         super().__init__()
         self.model = MultiTaskModel(config, device)
-        self.loss = JointLoss(config, self.model.head.cut).to(device)
+        self.loss = JointLoss(config, self.model.head.cut, self.model.features.guard).to(device)
 
     def forward(self, batch: Batch) -> tuple[Tensor, StepNumbers]:
         return self.loss(self.model(batch), batch)

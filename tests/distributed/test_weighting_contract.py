@@ -33,6 +33,8 @@ HEADS = {
     "esmm": {"kind": "esmm", "network": MMOE},
     "stem": {"kind": "stem", "shared_experts": 1, "task_experts": 1, "expert": [16, 8]},
 }
+OPTIONS = {"dwa": {"window": 1}}  # λ moves within the few steps of a test
+LATER = ("static", "bandit")  # λ = 1 for good, or until an evaluation
 SGD = {"tables": {"kind": "sgd", "lr": 0.1}, "dense": {"kind": "sgd", "lr": 0.1}}
 
 
@@ -53,7 +55,7 @@ def worlds(tiny_data):
 
     def of(head: str) -> dict[str, tuple[Config, list[ShortRun]]]:
         if head not in made:
-            configs = {kind: config_for(tiny_data, Path("run"), head, {"kind": kind}) for kind in KINDS}
+            configs = {kind: config_for(tiny_data, Path("run"), head, {"kind": kind, **OPTIONS.get(kind, {})}) for kind in KINDS}
             if head in ("mmoe", "stem"):
                 configs["features"] = config_for(tiny_data, Path("run"), head, {"kind": "pcgrad", "cut": "features"})
             ranks = run_world(short_runs, 2, configs)
@@ -73,7 +75,7 @@ def test_two_workers_weigh_as_one_process_with_explicit_gradients(worlds, head, 
     assert torch.equal(first.gradients, second.gradients) and torch.equal(first.weighting, second.weighting)
     losses, weighting, expected = unsharded_run(config, [first, second])
     torch.testing.assert_close(first.weighting, weighting, rtol=1e-4, atol=0)
-    assert kind == "static" or (first.weighting != 1).any()
+    assert kind in LATER or (first.weighting != 1).any()
     torch.testing.assert_close(first.losses, losses, rtol=0, atol=1e-5)
     for name, weight in expected.items():
         torch.testing.assert_close(first.after[name], weight, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
@@ -141,14 +143,13 @@ def weights_and_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: v.detach().clone() for n, v in {**whole, **shards}.items() if isinstance(v, torch.Tensor) and not hasattr(v, "local_shards")}
 
 
-@pytest.mark.parametrize("kind", [k for k, c in KINDS.items() if c.reads_gradients])
+@pytest.mark.parametrize("kind", ["static", *(k for k, c in KINDS.items() if c.reads_gradients)])
 def test_a_skipped_step_changes_nothing(tiny_data, kind):
     """Neither weights nor tables nor the state of λ, although gradients at the cut are not finite. They may be so while no loss is:
-    ReLU hides a NaN. Then too there is no step, and no λ."""
+    ReLU hides a NaN. Then too there is no step, and no λ, where gradients are looked at."""
     config = config_for(tiny_data, Path("run"), "mmoe", {"kind": kind})
-    labels, dense = run_world(spoilt_steps, 2, config, ["labels", "dense"])[0]
-    for before, after, numbers in (labels, dense):
+    for before, after, numbers in run_world(spoilt_steps, 2, config, ["labels"] if kind == "static" else ["labels", "dense"])[0]:
         assert not numbers.trained and numbers.non_finite.sum() > 0
         assert torch.equal(numbers.weighting, torch.ones(3, dtype=torch.float64))
         changed = [n for n in before if not torch.equal(before[n], after[n])]
-        assert changed == [] or numbers is dense[2] and all("embedding_bags" in n for n in changed)  # 0 · NaN below the cut
+        assert changed == []
