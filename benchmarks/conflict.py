@@ -41,6 +41,7 @@ from distmtl.versions import git_commit, versions
 LOGS = {"conflict": 1.0, "control": 0.0}
 RATES, WATCH_WEIGHTS = (1 / 3, 1.0, 3.0), (1.0, 0.1, 0.03, 0.01, 0.003, 0.001)
 TUNING = (1000, 1001)  # seeds that nothing but choices is made on
+FIRST = 1  # seed that is measured: the log was designed by looking at seed 0
 EVALUATIONS = {"bandit": 10}  # of a run; what it learns by. The others need none but the last
 PAIRS = ("click.like", "click.watch", "like.watch")
 KINDS = [typing.get_args(k.model_fields["kind"].annotation)[0] for k in typing.get_args(typing.get_args(WeightingConfig)[0])]
@@ -124,8 +125,11 @@ def study(lab: Lab, log: str, head: str, kinds: list[str], seeds: int) -> dict[s
         chosen = {kind: lab.best([Run(log, head, kind, weight, r) for r in RATES]) for kind in kinds}
         if name == "seconds":
             chosen["static, by hand"] = by_hand
-        runs = lab([replace(run, seed=s) for run in chosen.values() for s in range(seeds)])
-        figures = {k: {f: [runs[replace(run, seed=s)][f] for s in range(seeds)] for f in (*TASKS, *PAIRS)} for k, run in chosen.items()}
+        runs = lab([replace(run, seed=s) for run in chosen.values() for s in range(FIRST, FIRST + seeds)])
+        figures = {
+            k: {f: [runs[replace(run, seed=s)][f] for s in range(FIRST, FIRST + seeds)] for f in (*TASKS, *PAIRS)}
+            for k, run in chosen.items()
+        }
         out[name] = {"watch_weight": weight, "kinds": {}}
         for kind, run in chosen.items():
             of, static = figures[kind], figures["static"]
@@ -197,7 +201,7 @@ def main() -> None:
     with TemporaryDirectory() as folder, ProcessPoolExecutor(a.jobs, mp_context=get_context("spawn")) as pool:
         lab = Lab(pool, Path(folder))
         for log in LOGS:
-            for seed in (*range(a.seeds), *TUNING):
+            for seed in (*range(FIRST, FIRST + a.seeds), *TUNING):
                 write(Path(folder), log, seed, a.rows)
         for head in a.heads:
             for log in LOGS:
