@@ -117,7 +117,7 @@ class Lab:
         return max(candidates, key=lambda c: sum(results[replace(c, seed=s)]["reached"] for s in TUNING))
 
 
-def study(lab: Lab, log: str, head: str, kinds: list[str], seeds: int) -> dict[str, Any]:
+def study(lab: Lab, log: str, head: str, kinds: list[str], seeds: range) -> dict[str, Any]:
     """Weights of the tasks' own → kind → figures."""
     by_hand = lab.best([Run(log, head, "static", w, r) for w in WATCH_WEIGHTS for r in RATES])
     out: dict[str, Any] = {}
@@ -125,11 +125,8 @@ def study(lab: Lab, log: str, head: str, kinds: list[str], seeds: int) -> dict[s
         chosen = {kind: lab.best([Run(log, head, kind, weight, r) for r in RATES]) for kind in kinds}
         if name == "seconds":
             chosen["static, by hand"] = by_hand
-        runs = lab([replace(run, seed=s) for run in chosen.values() for s in range(FIRST, FIRST + seeds)])
-        figures = {
-            k: {f: [runs[replace(run, seed=s)][f] for s in range(FIRST, FIRST + seeds)] for f in (*TASKS, *PAIRS)}
-            for k, run in chosen.items()
-        }
+        runs = lab([replace(run, seed=s) for run in chosen.values() for s in seeds])
+        figures = {k: {f: [runs[replace(run, seed=s)][f] for s in seeds] for f in (*TASKS, *PAIRS)} for k, run in chosen.items()}
         out[name] = {"watch_weight": weight, "kinds": {}}
         for kind, run in chosen.items():
             of, static = figures[kind], figures["static"]
@@ -197,15 +194,16 @@ def main() -> None:
     began, file = time.time(), a.out / "conflict.json"
     report = json.loads(file.read_text()) if file.exists() else {"studies": {}}
     a.out.mkdir(parents=True, exist_ok=True)
+    seeds = range(FIRST, FIRST + a.seeds)
     kinds = ["static", *(k for k in a.kinds if k != "static")]
     with TemporaryDirectory() as folder, ProcessPoolExecutor(a.jobs, mp_context=get_context("spawn")) as pool:
         lab = Lab(pool, Path(folder))
         for log in LOGS:
-            for seed in (*range(FIRST, FIRST + a.seeds), *TUNING):
+            for seed in (*seeds, *TUNING):
                 write(Path(folder), log, seed, a.rows)
         for head in a.heads:
             for log in LOGS:
-                weights = study(lab, log, head, kinds, a.seeds)
+                weights = study(lab, log, head, kinds, seeds)
                 report["studies"].setdefault(log, {})[head] = {"rows": a.rows, "seeds": a.seeds, "weights": weights}
                 report["conditions"] = {"minutes": round((time.time() - began) / 60, 1), "git": git_commit(), **versions()}
                 file.write_text(json.dumps(report, indent=1) + "\n")
