@@ -173,7 +173,7 @@ def test_an_error_in_a_line():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "leaderboards").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_leaderboards_have_sound_cells(path, tmp_path):
-    """With a config in place of a prepared data set's, where that is not on this machine; nothing else fails than surgery on single_task."""
+    """With a config in place of a prepared data set's, where that is not on this machine; only surgery on single_task fails."""
     board = load_leaderboard(path)
     stand_in = tmp_path / "prepared.yaml"
     tasks = {"census": ["income", "never_married"], "movielens": ["rating", "like", "love"]}.get(board.name, [])
