@@ -42,7 +42,7 @@ LOGS = {"conflict": 1.0, "control": 0.0}
 RATES, WATCH_WEIGHTS = (1 / 3, 1.0, 3.0), (1.0, 0.1, 0.03, 0.01, 0.003, 0.001)
 TUNING = (1000, 1001)  # seeds that nothing but choices is made on
 FIRST = 1  # seed that is measured: the log was designed by looking at seed 0
-EVALUATIONS = {"bandit": 10}  # of a run; what it learns by. The others need none but the last
+EVALUATIONS = 10  # of a run, of which the best is tested; the bandit learns by them
 PAIRS = ("click.like", "click.watch", "like.watch")
 KINDS = [typing.get_args(k.model_fields["kind"].annotation)[0] for k in typing.get_args(typing.get_args(WeightingConfig)[0])]
 
@@ -68,7 +68,7 @@ class Run:
         for of in ("tables", "dense"):
             raw["optimizer"][of]["lr"] *= self.rate
         truth = json.loads((log / "truth.json").read_text())
-        raw["train"] |= {"log_every": 10, "eval_every": -(-truth["steps"] // EVALUATIONS.get(self.kind, 1))}
+        raw["train"] |= {"log_every": 10, "eval_every": -(-truth["steps"] // EVALUATIONS)}
         records: list[dict[str, Any]] = []
         with TemporaryDirectory() as where:
             run = {"dir": f"{where}/run", "seed": self.seed}

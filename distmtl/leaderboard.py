@@ -133,14 +133,33 @@ def in_a_line(error: Exception) -> str:
     return listed if listed and "mistake" in first else f"{first}: {listed}" if listed else first
 
 
-def finished(config: Config) -> dict[str, Any] | None:
-    """The result of the run in run.dir, if that is one of this very config that came to its end."""
+def finished(config: Config, digests: dict[str, str]) -> dict[str, Any] | None:
+    """The result of the run in run.dir, if it came to its end.
+
+    Args:
+        digests: split → digest of the data as they are now.
+
+    Raises:
+        DistmtlError: the run is of another config, though it may be one that `distmtl train` would continue, or of other data.
+    """
     folder = place(config.run_dir)
+    if not (folder / "config.yaml").exists():
+        return None
+    then, now = _what_counts(config_of(folder)), _what_counts(config)
+    if differing := sorted(section for section in then if then[section] != now[section]):
+        raise DistmtlError(
+            f"run.dir {folder} was made with another config ({', '.join(differing)}); delete it, or give the board another out"
+        )
     file = folder / "result.json"
-    if not file.exists() or _what_counts(config_of(folder)) != _what_counts(config):
+    if not file.exists():
         return None
     result = json.loads(file.read_text())
-    return None if result["stopped"] else result
+    if result["stopped"]:
+        return None
+    if changed := sorted(split for split in digests if digests[split] != result["data"].get(split)):
+        which = " and ".join(f"data.{split}" for split in changed)
+        raise DistmtlError(f"{which} changed since the run in {folder} was made; delete it, or give the board another out")
+    return result
 
 
 def _what_counts(config: Config) -> dict[str, Any]:
@@ -325,7 +344,8 @@ class Table:
             if is_base
             else f"Δm {_show(row.gain, '+.2f', 100)} %, {row.worse if row.worse is not None else '?'} task(s) worse"
         )
-        return f"chosen by validation {monitor} ({_show(row.selected)}): {row.cell.key}; test: {shown}; {gain}"
+        so_far = "" if all(len(r.seeds) == len(self.board.seeds) or r.cell.failure for r in self.rows[row.cell.key.data]) else "so far "
+        return f"{so_far}chosen by validation {monitor} ({_show(row.selected)}): {row.cell.key}; test: {shown}; {gain}"
 
     # ------------------------------------------------------------------------------------------------------ as data
 

@@ -283,6 +283,7 @@ class Training:
             "seconds": round(state.seconds, 3),
             "samples_per_second": self.meter.steady_samples_per_second(),
             "parameters": self._parameters(),
+            "data": {split: data.digest for split, data in self.splits.items()},
             "best_step": state.best_step,
             "best_value": state.best_value,
             "skipped": state.skipped,
@@ -315,7 +316,8 @@ class Training:
         tasks = [name for name, n in zip(self.train_model.loss.terms.names, numbers.non_finite.tolist(), strict=True) if n]
         rows = numbers.bad_rows[numbers.bad_rows >= 0][:3].tolist()
         places = gather_texts(self.process, "; ".join(self.splits["train"].locate(r) for r in rows) or None)
-        what = f"step {self.state.step}: the loss of {', '.join(tasks)} is not finite, at {'; '.join(places[:3])}"
+        where = f"is not finite, at {'; '.join(places[:3])}" if places else "is finite, but not its gradient where the tasks share"
+        what = f"step {self.state.step}: the loss of {', '.join(tasks)} {where}"
         policy, self.state.skipped = self.config.train.non_finite, self.state.skipped + 1
         if policy.policy == "raise":
             raise DistmtlError(f"{what}. Lower the learning rate, look at these rows, or set train.non_finite.policy=skip")

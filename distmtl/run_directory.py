@@ -208,9 +208,10 @@ def _other_optimizers(config: Config, old: Config) -> dict[str, str]:
 
 def _other_weighting(config: Config, old: Config) -> str:
     """Why the state that was saved of it is of no use, "" if it is."""
-    now, then = (([(t.name, t.kind, t.weight) for t in c.tasks], c.weighting.kind) for c in (config, old))
-    if now[1] != then[1]:
-        return f"was {then[1]}, is {now[1]}"
+    for now, then in zip(*((c.weighting.kind, getattr(c.weighting, "form", "")) for c in (config, old)), strict=True):
+        if now != then:
+            return f"was {then}, is {now}"
+    now, then = ([(t.name, t.kind, t.weight, getattr(t, "loss", "")) for t in c.tasks] for c in (config, old))
     return "" if now == then else "balances tasks that are others, in another order or of other weights, now"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,17 @@ class TestCut:
         assert not built.head.cut.points, "the graph is kept alive"
         again = built.trained(built.losses().sum())
         assert all(torch.equal(again[name], own[name]) for name in own), "a replacement outlives its step"
+
+
+@pytest.mark.parametrize("cut", ["network", "features"])
+def test_a_head_that_is_not_used_any_more_is_freed(cut):
+    """After a step that did not look at gradients, too: what a graph holds must not hold the graph."""
+    built = Built("mmoe", HEADS["mmoe"], cut)
+    alive = weakref.ref(built.head.sharing.experts.weights[0])
+    built.trained(built.losses().sum())
+    del built
+    gc.collect()
+    assert alive() is None
 
 
 def test_bfloat16():

@@ -13,9 +13,9 @@ import scipy.stats
 import tiny
 import yaml
 
-from distmtl.config_file import load_config
+from distmtl.config_file import dump_config, load_config, override, parse_config
 from distmtl.errors import DistmtlError
-from distmtl.leaderboard import Cell, Key, Mean, Table, in_a_line, load_leaderboard, make_cells, merge
+from distmtl.leaderboard import Cell, Key, Mean, Table, finished, in_a_line, load_leaderboard, make_cells, merge
 
 ROOT = Path(__file__).parents[1]
 HEADS = {
@@ -105,6 +105,25 @@ def test_mistakes_of_cells_are_theirs_alone(tmp_path):
     cells = make_cells(load_leaderboard(write(tmp_path, heads=heads)))
     assert [bool(c.failure) for c in cells] == [False, True, False, False, True, True]
     assert cells[4].failure == "model.num_expert: unknown key; did you mean 'num_experts'?"
+
+
+def test_a_finished_run_of_another_config_or_of_other_data_is_not_taken(tmp_path):
+    """Also where `distmtl train` would continue it: its figures would be another board's."""
+    config = tiny.config(Path(), tmp_path / "run")
+    digests = {"train": "a", "validation": "b", "test": "c"}
+    assert finished(config, digests) is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    assert finished(config, digests) is None, "it was stopped before its end"
+    (tmp_path / "run" / "result.json").write_text(json.dumps({"stopped": False, "data": digests}))
+    assert finished(config, digests) == {"stopped": False, "data": digests}
+    for key, section in (("train.steps=3", "train"), ("train.monitor=click.auc", "train"), ("evaluation.exact_rows=7", "evaluation")):
+        raw = config.model_dump(mode="json")
+        override(raw, key)
+        with pytest.raises(DistmtlError, match=rf"was made with another config \({section}\); delete it, or give the board another out"):
+            finished(parse_config(raw), digests)
+    with pytest.raises(DistmtlError, match="data.test changed since the run in"):
+        finished(config, digests | {"test": "d"})
 
 
 def test_intervals_are_students():

@@ -160,6 +160,17 @@ def test_dwa_by_windows():
     assert (found[-1] - 1).abs().max() > 0.01
 
 
+def test_dwa_goes_on_with_a_smaller_window():
+    first, second = made(kind="dwa", window=100), made(kind="dwa", window=3)
+    losses = torch.linspace(1, 2, 60 * TASKS).view(60, TASKS).double()
+    for i, x in enumerate(losses[:50]):
+        first(i, x, torch.ones(TASKS, dtype=torch.bool), None)
+    second.load_state_dict(first.state_dict())
+    for i, x in enumerate(losses[50:], 50):
+        found = second(i, x * torch.arange(1, TASKS + 1), torch.ones(TASKS, dtype=torch.bool), None)
+    assert (found != 1).any() and (second.steps < 3).all()
+
+
 def test_a_window_of_dwa_is_of_steps_with_rows():
     """A task that is in every second step compares means of as many losses as the others."""
     method, losses = made(kind="dwa", window=2), torch.full((8, TASKS), 1.0).double()
@@ -236,13 +247,18 @@ def test_steps_without_an_update_leave_the_state_alone(config):
 
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
     for _ in range(3):
-        step(x, labels)
+        last = step(x, labels).weighting
     before = {name: buffer.clone() for name, buffer in loss.weighting.named_buffers()}
     broken = x.detach().clone()
     broken[2, 1] = nan
     for inputs, rows, trained in ((broken, labels, False), (x, [[1, nan, nan]] * 4, True)):
         numbers = step(inputs, rows)
-        assert bool(numbers.trained) == trained and torch.equal(numbers.weighting, torch.ones(3).double())
+        assert bool(numbers.trained) == trained
+        if trained and loss.weighting.least == 1:  # λ is the task's own, and goes on
+            assert torch.equal(numbers.weighting[1:], torch.ones(2).double()) and numbers.weighting[0] != 1
+            torch.testing.assert_close(numbers.weighting[0], last[0], rtol=0.3, atol=0)
+            continue
+        assert torch.equal(numbers.weighting, torch.ones(3).double())
         assert all(torch.equal(before[name], buffer) for name, buffer in loss.weighting.named_buffers())
     assert torch.isfinite(step(x, labels).weighting).all()
 

@@ -12,6 +12,7 @@ from benchmarks.reproduce import funnel
 from benchmarks.reproduce.kept import measured
 from benchmarks.reproduce.mmoe_synthetic import WIDTH, Synthetic
 from distmtl.data.synthetic import BLOCK, World
+from distmtl.versions import git_commit
 
 
 def test_an_interval_is_students():
@@ -37,10 +38,13 @@ def halved(case):
 
 def test_what_was_measured_is_not_measured_again(tmp_path):
     file = tmp_path / "runs.jsonl"
-    file.write_text(json.dumps({"case": ["a", 4], "figures": {"of": 7.0}}) + '\n{"case": ["a", 6], "fig')  # and a line cut short
+    file.write_text(
+        json.dumps({"case": ["a", 4], "figures": {"of": 7.0}, "git": "before"}) + '\n{"case": ["a", 6], "fig'
+    )  # and a line cut short
     expected = {("a", 4): {"of": 7.0}, ("a", 6): {"of": 3.0}}
     for _ in range(2):
-        assert measured(file, halved, expected, processes=1) == expected
+        found, commits = measured(file, halved, expected, processes=1)
+        assert found == expected and commits == sorted({"before", str(git_commit())})
 
 
 def test_the_two_regressions_are_as_correlated_as_asked():

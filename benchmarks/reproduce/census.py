@@ -104,7 +104,7 @@ def main() -> None:
     a = p.parse_args()
     for protocol in a.protocols:
         prepared("census-income", a.source, Path(DATA.format(protocol)), protocol=protocol)
-    found = measured(a.kept, measure, [(q, h, s) for q in a.protocols for s in range(a.seeds) for h in OF[q]], a.processes)
+    found, commits = measured(a.kept, measure, [(q, h, s) for q in a.protocols for s in range(a.seeds) for h in OF[q]], a.processes)
     report: dict[str, Any] = {"protocols": {}}
     lines = [
         "# Census-Income",
@@ -116,7 +116,7 @@ def main() -> None:
         alone = [runs.pop(f"alone: {t}") for t in TASKS]
         report["protocols"][q], text = section(q, {"alone": [first | second for first, second in zip(*alone)], **runs})
         lines += text
-    write(a.out, "census", report, lines)
+    write(a.out, "census", report, lines, commits)
 
 
 if __name__ == "__main__":

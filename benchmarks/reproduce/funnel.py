@@ -92,7 +92,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=600_000, help="of a log, all splits together")
     a = p.parse_args()
     kept = a.kept.with_stem(f"{a.kept.stem}-{a.rows}")
-    found = measured(kept, partial(measure, rows=a.rows), [(c, s) for s in range(a.seeds) for c in CONFOUNDING], a.processes)
+    found, commits = measured(kept, partial(measure, rows=a.rows), [(c, s) for s in range(a.seeds) for c in CONFOUNDING], a.processes)
     report: dict[str, Any] = {"rows": a.rows, "seeds": a.seeds, "confounding": {}}
     lines = [
         "# Conversion of every impression",
@@ -104,7 +104,7 @@ def main() -> None:
         report["confounding"][str(c)], rows = table(runs, "shared")
         lines += ["", f"## Confounding {c:g}", "", *rows, "", "| claim | difference | verdict |", "|---|---|---|"]
         lines += [f"| {claim} | {of.text(4, '+')} | {'reproduced' if so else 'not reproduced'} |" for claim, of, so in claims(runs)]
-    write(a.out, "funnel", report, lines)
+    write(a.out, "funnel", report, lines, commits)
 
 
 if __name__ == "__main__":

@@ -28,25 +28,28 @@ def arguments(doc: str | None, name: str, seeds: int) -> argparse.ArgumentParser
     return p
 
 
-def measured(file: Path, measure: Measure, cases: Iterable[Case], processes: int) -> dict[Case, dict[str, Any]]:
-    """case → figures, from the file as far as they are there, else measured and added to it. A line cut short counts as not there."""
-    cases, found = list(cases), dict[Case, dict[str, Any]]()
+def measured(file: Path, measure: Measure, cases: Iterable[Case], processes: int) -> tuple[dict[Case, dict[str, Any]], list[str]]:
+    """case → figures, from the file as far as they are there, else measured and added to it; and the commits that measured them. A line
+    cut short counts as not there."""
+    cases, found, commits = list(cases), dict[Case, dict[str, Any]](), dict[Case, str]()
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        found[tuple(record["case"])] = record["figures"]
+        case = tuple(record["case"])
+        found[case], commits[case] = record["figures"], record["git"]
     missing = [case for case in cases if case not in found]
     file.parent.mkdir(parents=True, exist_ok=True)
     with get_context("spawn").Pool(processes, _quiet) as pool, file.open("a") as f:
         jobs = ((measure, case) for case in missing)
         for done, (case, figures) in enumerate(pool.imap_unordered(_measure, jobs), 1):
-            found[case] = figures
-            f.write("\n" * bool(f.tell()) + json.dumps({"case": case, "figures": figures}, allow_nan=False))
+            found[case], commits[case] = figures, str(git_commit())
+            line = {"case": case, "figures": figures, "git": commits[case]}
+            f.write("\n" * bool(f.tell()) + json.dumps(line, allow_nan=False))
             f.flush()
             print(f"{done} of {len(missing)}: {', '.join(map(str, case))}", flush=True)
-    return {case: found[case] for case in cases}
+    return {case: found[case] for case in cases}, sorted({commits[case] for case in cases})
 
 
 def _quiet() -> None:
@@ -60,9 +63,9 @@ def _measure(job: tuple[Measure, Case]) -> tuple[Case, dict[str, Any]]:
     return case, measure(case)
 
 
-def write(out: Path, name: str, report: dict[str, Any], lines: list[str]) -> None:
+def write(out: Path, name: str, report: dict[str, Any], lines: list[str], commits: list[str]) -> None:
     """NAME.json and NAME.md, with what they were made by."""
-    report["conditions"] = {"git": git_commit(), **versions()}
+    report["conditions"] = {"git": " and ".join(commits), **versions()}
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     text = "\n".join([*lines, "", ", ".join(f"{k} {v}" for k, v in report["conditions"].items()), ""])

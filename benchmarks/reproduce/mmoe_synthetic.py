@@ -193,7 +193,7 @@ def main() -> None:
     p.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     a = p.parse_args()
     cases = [(name, seed, c) for name in a.settings for seed in range(a.seeds) for c in CORRELATIONS]
-    found = measured(a.kept, measure, cases, a.processes)
+    found, commits = measured(a.kept, measure, cases, a.processes)
     report: dict[str, Any] = {"steps": STEPS, "rows of a step": ROWS, "settings": {}}
     lines = [
         "# Two regressions of chosen correlation (Ma et al. 2018)",
@@ -206,7 +206,7 @@ def main() -> None:
         runs = {(s, c): found[name, s, c] for s in range(a.seeds) for c in CORRELATIONS}
         report["settings"][name], text = section(name, runs, a.seeds)
         lines += text
-    write(a.out, "mmoe_synthetic", report, lines)
+    write(a.out, "mmoe_synthetic", report, lines, commits)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main() -> None:
     p.add_argument("--source", type=Path, help="folder with the raw files, to prepare the data from")
     a = p.parse_args()
     prepared("movielens-1m", a.source, Path(DATA))
-    found = measured(a.kept, measure, [(h, s) for s in range(a.seeds) for h in HEADS], a.processes)
+    found, commits = measured(a.kept, measure, [(h, s) for s in range(a.seeds) for h in HEADS], a.processes)
     runs = {h: [found[h, s] for s in range(a.seeds)] for h in HEADS}
     alone = [runs.pop(f"alone: {t}") for t in FIGURES]
     runs = {"alone": [first | second for first, second in zip(*alone)], **runs}
@@ -59,7 +59,7 @@ def main() -> None:
             f"{n} {difference(*([f[n] for f in runs[h]] for h in ('MMoE', 'shared bottom'))).text(4, '+')}" for n in runs["alone"][0]
         ),
     ]
-    write(a.out, "movielens", {"seeds": a.seeds, "heads": report}, lines)
+    write(a.out, "movielens", {"seeds": a.seeds, "heads": report}, lines, commits)
 
 
 if __name__ == "__main__":

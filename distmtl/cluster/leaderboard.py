@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from distmtl.cluster.places import worker_resources
+from distmtl.cluster.places import nodes, worker_resources
 from distmtl.cluster.supervision import last_line
 from distmtl.cluster.trainer import refuse_fleeting, session, use_gpu, work
 from distmtl.config import Workers
@@ -57,9 +57,11 @@ def run_leaderboard(board: LeaderboardConfig, say: Say = print) -> Table:
         cluster = max((c.runs[s].cluster for s, c in runs), key=lambda cluster: cluster.cpus_per_worker)
         with session(cluster.model_copy(update={"workers": Workers(min=1, max=board.parallel or 1)})):
             resources = worker_resources(cluster, use_gpu(cluster))
-            there = ray.cluster_resources()
-            slots = board.parallel or min(int(there.get(name, 0) // amount) for name, amount in resources.items())
-            slots = min(slots, len(runs))
+            room = sum(node.total for node in nodes(resources))
+            if not room:
+                asked = " and ".join(f"{n} {k}" for k, n in resources.items())
+                raise DistmtlError(f"no node of the cluster has {asked}, which a run takes; lower cluster.cpus_per_worker, or add a node")
+            slots = min(board.parallel or room, room, len(runs))
             say(f"training {slots} at a time, {' and '.join(f'{n} {k}' for k, n in resources.items())} each")
             spent: list[float] = []
             for seed, cell, outcome in _train(runs, resources, slots):
@@ -104,7 +106,7 @@ def _look(board: LeaderboardConfig, cells: list[Cell]) -> tuple[dict[tuple[Key, 
                 if isinstance(seen[where], DistmtlError):
                     raise seen[where]
                 continuation(config, "auto", seen[where]["train"])
-                if result := finished(config):
+                if result := finished(config, {split: data.digest for split, data in seen[where].items()}):
                     results[cell.key, seed] = result
         except DistmtlError as e:
             cell.failure = in_a_line(e)

@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 class Guard(nn.Module):
     """Between the tables and everything else. Tables are updated within backward, and a loss of 0 does not keep them as they are where
-    something overflowed on its way: 0 · NaN is NaN. Here such a gradient becomes 0.
+    something overflowed on its way: 0 · NaN is NaN. Here such a gradient becomes 0. (Under `adam`, which FBGEMM has on CUDA
+    alone, rows that were looked up still move by its moments.)
 
     trained: whether the step's update is made; the joint loss says so before backward.
 

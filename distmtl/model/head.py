@@ -59,6 +59,8 @@ class Head(nn.Module):
         self.sharing = sharing_network(config, layout)
         self.at_features = getattr(config.weighting, "cut", "auto") == "features" or not hasattr(self.sharing, "cut")
         self.cut: Cut = Cut(columns=sum(f.dim for f in config.embedded)) if self.at_features else self.sharing.cut
+        if self.at_features and hasattr(self.sharing, "cut"):
+            self.sharing.cut.compares = False
         self.mixture: Cut | None = getattr(self.sharing, "cut", None)  # that has the gates of the last training step, if there are any
         width, dropout = self.sharing.output_width, getattr(config.network, "dropout", 0.0)
         self.towers = nn.ModuleList(Tower(width, t.tower, output_layer(t, width_of(t, width)), dropout) for t in config.tasks)

@@ -144,4 +144,4 @@ class HoME(nn.Module):
         of_tasks = [groups[g] for g in self.group_of]
         beside = [torch.cat([z, shared], dim=1) for z in groups]
         out, weights = self.tasks([*of_tasks, *groups, shared], [beside[g] for g in self.group_of], features.real)
-        return self.cut(out, over_all(weights, self.tasks.places, self.num_experts))
+        return self.cut(out, over_all(weights, self.tasks.places, self.num_experts) if self.training else None)

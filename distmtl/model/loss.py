@@ -16,6 +16,7 @@ from distmtl.model.funnel import joint_labels, joint_logit, lineage
 from distmtl.model.guard import Guard
 from distmtl.model.kinds import places, row_loss
 from distmtl.model.weighting import Cut, weighting
+from distmtl.model.weighting.cut import Gradients
 
 
 @dataclass
@@ -138,8 +139,13 @@ class JointLoss(nn.Module):
         bad = self._bad(finite, errors, weights)
         sums = (torch.where(bad, 0.0, errors) * weights).sum(0)
         looks = self.cut is not None and (self.reads_gradients or (batch.step + 1) % self.log_every == 0)
-        gradients = self.cut.gradients(sums, outputs, self.terms.reads) if looks and self.cut is not None else []
-        gram = self.cut.gram(gradients).to(sums.device) if looks and self.cut is not None else sums.new_empty(0)
+        gradients: Gradients = []
+        gram = sums.new_empty(0)
+        if looks and self.cut is not None:
+            gradients = self.cut.gradients(sums, outputs, self.terms.reads)
+            gram = self.cut.gram(gradients).to(sums.device)
+        elif self.cut is not None:
+            self.cut.forget()
 
         failed = sums.new_tensor([float(batch.error is not None)])
         shared = torch.cat([sums.detach(), weights.detach().sum(0), bad.sum(0), failed, gram.flatten()]).double()

@@ -37,7 +37,7 @@ class CGC(nn.Module):
         weights = [gate(x[t]) for t, gate in enumerate(self.gates)]
         out = [mix(weight, mine + shared)[0] for weight, mine in zip(weights, own, strict=True)]
         if self.cut is not None:
-            return self.cut(out, over_all(weights, self.places, len(experts)))
+            return self.cut(out, over_all(weights, self.places, len(experts)) if self.training else None)
         assert self.shared_gate is not None
         return [*out, *mix(self.shared_gate(x[-1]), experts)]
 

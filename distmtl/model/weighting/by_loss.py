@@ -23,6 +23,8 @@ class Uncertainty(Weighting):
         scales: (T,) c of every task (likelihood_scales).
     """
 
+    least = 1
+
     def __init__(self, scales: np.ndarray, lr: float, bounded: bool = False):
         super().__init__(len(scales), log_variance=np.log(scales), **moments(len(scales)))
         self.scales, self.lr, self.bounded = scales, lr, bounded
@@ -61,9 +63,9 @@ class DWA(Weighting):
         ratios = np.divide(last, before, out=np.ones_like(last), where=before > 0)
         state["sums"][seen.tasks] += np.maximum(seen.losses, TINY)
         state["steps"][seen.tasks] += 1
-        full = state["steps"] == self.window
+        full = state["steps"] >= self.window
         state["before"][full] = state["last"][full]
-        state["last"][full] = state["sums"][full] / self.window
+        state["last"][full] = state["sums"][full] / state["steps"][full]
         state["sums"][full] = state["steps"][full] = 0
         return len(ratios) * softmax(ratios / self.temperature)
 
@@ -84,6 +86,8 @@ class RLW(Weighting):
 class IMTLL(Weighting):
     """Liu et al. 2021, "Towards Impartial Multi-Task Learning", section 3.2, IMTL-L: every task adds e^s·L - s, and so λ = e^s, at its
     best 1/L; s, 0 at first, is learnt by Adam."""
+
+    least = 1
 
     def __init__(self, tasks: int, lr: float):
         super().__init__(tasks, log_factor=np.zeros(tasks), **moments(tasks))

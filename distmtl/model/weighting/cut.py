@@ -45,14 +45,18 @@ class Cut(nn.Module):
         self.points: list[Tensor] = []
         self.towers: Sequence[Tensor] = ()
         self.gates: Tensor | None = None  # of the last training step
-        self.replacement: list[Tensor | None] | None = None  # gradient of every point, in place of that of the loss
+        self.replacement = Replacement()
+        self.compares = True  # or it only shows its gates
 
     def forward(self, points: Sequence[Tensor], gates: Tensor | None = None) -> list[Tensor]:
         if not (self.training and torch.is_grad_enabled()):
             return list(points)
-        self.replacement, self.gates = None, None if gates is None else gates.detach()
-        self.points = list(_Point.apply(self, *points)) if any(p.requires_grad for p in points) else []
-        return list(self.points or points)
+        self.gates = None if gates is None else gates.detach()
+        if not self.compares or not any(p.requires_grad for p in points):
+            return list(points)
+        self.replacement = Replacement()
+        self.points = list(_Point.apply(self.replacement, *points))
+        return list(self.points)
 
     def beside(self, towers: Sequence[Tensor]) -> Tensor:
         """What is computed above the cut side by side, T × (B, o) → (B, O). In training it remembers the parts."""
@@ -75,14 +79,20 @@ class Cut(nn.Module):
         for g, read in zip(of_towers, reads, strict=True):
             towers, arriving = (of if read is None else [of[t] for t in read] for of in (self.towers, g))
             found.append(torch.autograd.grad(towers, self.points, arriving, retain_graph=True, allow_unused=True))
-        self.points, self.towers = [], ()  # not to keep the graph alive
+        self.forget()
         return found
+
+    def forget(self) -> None:
+        """Let go of the graph of the step."""
+        self.points, self.towers = [], ()
 
     def gram(self, gradients: Gradients) -> Tensor:
         """(K, K) float64, of this rank's rows."""
         overlap, losses = self._overlap(), range(len(gradients))
         gradients = [tuple(g if g is None else g.float() for g in of_loss) for of_loss in gradients]
-        gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+        device = next((g.device for of_loss in gradients for g in of_loss if g is not None), None)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        products: dict[tuple[int, int], Tensor] = {}
         for k in losses:
             for other in range(k + 1):
                 parts = [
@@ -91,14 +101,13 @@ class Cut(nn.Module):
                     for j, b in enumerate(gradients[other])
                     if a is not None and b is not None and (i == j or overlap is not None)
                 ]
-                if parts:
-                    gram[k, other] = gram[other, k] = torch.stack(parts).sum()
-        return gram
+                products[k, other] = products[other, k] = torch.stack(parts).sum() if parts else zero
+        return torch.stack([products[k, other] for k in losses for other in losses]).view(len(losses), -1)
 
     def replace(self, gradients: Gradients, factors: Tensor) -> None:
         """Let Σₖ factorsₖ·gradientsₖ go on from every point, whatever arrives there. Zero factors replace even what is not finite."""
         each = factors.tolist()
-        self.replacement = [
+        self.replacement.gradients = [
             _sum([f * g for f, g in zip(each, of_point, strict=True) if f and g is not None]) for of_point in zip(*gradients, strict=True)
         ]
 
@@ -110,18 +119,26 @@ class Cut(nn.Module):
         return torch.stack([(gates * of_point).sum(1) for of_point in gates])
 
 
+class Replacement:
+    """The gradient of every point, in place of that of the loss; None: that of the loss. What the graph holds, instead of the cut that
+    holds the graph."""
+
+    gradients: list[Tensor | None] | None = None
+
+
 class _Point(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cut: Cut, *points: Tensor) -> tuple[Tensor, ...]:
-        ctx.cut = cut
+    def forward(ctx: Any, replacement: Replacement, *points: Tensor) -> tuple[Tensor, ...]:
+        ctx.replacement = replacement
         return tuple(p.view_as(p) for p in points)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        if ctx.cut.replacement is None:
+        others = ctx.replacement.gradients
+        if others is None:
             return None, *gradients
-        return None, *(torch.zeros_like(g) if r is None else r for g, r in zip(gradients, ctx.cut.replacement, strict=True))
+        return None, *(torch.zeros_like(g) if other is None else other for g, other in zip(gradients, others, strict=True))
 
 
 def _sum(tensors: list[Tensor]) -> Tensor | None:

@@ -16,6 +16,8 @@ class GradNorm(Weighting):
     Lᵢ relative to the task's first loss, rᵢ = (Lᵢ/Lᵢ(0))/mean(L/L(0)), λ takes Adam's step against Σ|Gᵢ - mean(G)·rᵢ^α|, in which the
     target is a constant, and is scaled to the sum it had: T over all tasks, none below 0.001 before that."""
 
+    least = 1
+
     def __init__(self, tasks: int, alpha: float, lr: float):
         super().__init__(tasks, weights=np.ones(tasks), first=np.zeros(tasks), **moments(tasks))
         self.alpha, self.lr = alpha, lr

@@ -35,6 +35,7 @@ class Weighting(nn.Module):
         state: what it remembers from step to step, and its start.
     """
 
+    least = 2  # tasks that a step must have; 1 where λ is each task's own
     surgery = False  # λ holds below the cut only: towers above it are trained by their own unweighted losses
 
     def __init__(self, tasks: int, **state: Any):
@@ -48,14 +49,14 @@ class Weighting(nn.Module):
             present = present & (gram.diagonal() > 0) & gram.diagonal().isfinite()
         tasks = present.nonzero()[:, 0].cpu().numpy()
         weights = np.ones(self.tasks)
-        if len(tasks) >= 2:
+        if len(tasks) >= self.least:
             of_tasks = None if gram is None else gram.cpu().numpy()[np.ix_(tasks, tasks)]
             with self.state() as state:
                 weights[tasks] = self.weigh(Seen(step, tasks, losses.cpu().numpy()[tasks], of_tasks), state)
         return torch.from_numpy(weights).to(losses.device)
 
     def weigh(self, seen: Seen, state: State) -> np.ndarray:
-        """λ of the n ≥ 2 tasks that are present; changes `state` in place."""
+        """λ of the n ≥ `least` tasks that are present; changes `state` in place."""
         raise NotImplementedError
 
     @contextmanager
