@@ -43,7 +43,7 @@ bench-check: data/wide/mmoe.yaml ## the same, failing where a ratio has dropped 
 bench-heads: data/wide/mmoe.yaml ## every head's speed beside its own matrix products; about 2 minutes, on a quiet machine
 	@$(BIN)/python -m benchmarks.heads data/wide/mmoe.yaml
 
-bench-weighting: data/wide/mmoe.yaml ## what methods that read the tasks' gradients cost a step; a minute per method, on a quiet machine
+bench-weighting: data/wide/mmoe.yaml ## what methods that read the tasks' gradients cost a step; 4 minutes, on a quiet machine
 	@$(BIN)/python -m benchmarks.weighting data/wide/mmoe.yaml
 
 bench-quality: install ## heads, features and losses where the truth is planted; about 40 minutes
