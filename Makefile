@@ -49,7 +49,7 @@ bench-weighting: data/wide/mmoe.yaml ## what methods that read the tasks' gradie
 bench-quality: install ## heads, features and losses where the truth is planted; about 40 minutes
 	@$(BIN)/python -m benchmarks.quality
 
-bench-conflict: install ## every weighting against static weights where conflict is planted, and where not; about an hour
+bench-conflict: install ## every weighting against static weights where conflict is planted, and where not; about two hours
 	@$(BIN)/python -m benchmarks.conflict
 
 bench-reproduce: install ## results of the MMoE, PLE, ESMM and ESCM² papers; 2 hours; raw files: CENSUS=DIR MOVIELENS=DIR
