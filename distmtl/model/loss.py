@@ -183,11 +183,8 @@ class JointLoss(nn.Module):
         """(B, K): which errors count and are not finite, or come of an output that is not."""
         bad = (weights > 0) & ~torch.isfinite(errors.detach())
         of_tasks = torch.stack([finite[:, place].all(1) for place in self.terms.places], dim=1)
-        for t, before in enumerate(self.terms.lineages):
-            read = before if self.terms.spaces[t] == "entire" else [t]
-            bad[:, t] |= (weights[:, t] > 0) & ~of_tasks[:, read].all(1)
-        added = slice(len(self.terms.places), None)  # by the head: they read the outputs of several tasks, and its own
-        bad[:, added] |= (weights[:, added] > 0) & ~finite.all(1, keepdim=True)
+        for k, read in enumerate(self.terms.reads):
+            bad[:, k] |= (weights[:, k] > 0) & ~(finite if read is None else of_tasks[:, read]).all(1)
         return bad
 
     def _balance(self, step: int, losses: Tensor, weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor | None]:
