@@ -1,6 +1,6 @@
 """distmtl: a distributed trainer for multi-task recommendation models.
 
-from distmtl import load_config, train, evaluate
+from distmtl import load_config, train, evaluate, export, Predictor
 result = train(load_config("configs/synthetic.yaml"))   # in this process; the command line puts it under Ray
 """
 
@@ -12,11 +12,21 @@ if TYPE_CHECKING:
     from distmtl.config_file import load_config
     from distmtl.errors import DistmtlError
     from distmtl.evaluation import evaluate
+    from distmtl.exporting.writer import export
     from distmtl.loop import train
+    from distmtl.serving.predictor import Predictor
 
-_HOME = {"Config": "config", "load_config": "config_file", "DistmtlError": "errors", "evaluate": "evaluation", "train": "loop"}
+_HOME = {
+    "Config": "config",
+    "DistmtlError": "errors",
+    "Predictor": "serving.predictor",
+    "evaluate": "evaluation",
+    "export": "exporting.writer",
+    "load_config": "config_file",
+    "train": "loop",
+}
 
-__all__ = ["Config", "DistmtlError", "evaluate", "load_config", "train"]
+__all__ = ["Config", "DistmtlError", "Predictor", "evaluate", "export", "load_config", "train"]
 
 
 def __getattr__(name: str) -> Any:

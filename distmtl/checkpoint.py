@@ -27,6 +27,7 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from distmtl.errors import DistmtlError
 from distmtl.storage import is_remote, place, remove_tree, sizes, write_whole
@@ -307,7 +308,7 @@ def load_matching(checkpoint: Checkpoint, model: nn.Module, optimizers: Any | No
     Returns what was not loaded, and what was left behind, each with the reason.
     """
     verify(checkpoint)
-    saved = {name: value.size for name, value in _reader(checkpoint).read_metadata().state_dict_metadata.items() if hasattr(value, "size")}
+    saved = {name: value.size for name, value in index(checkpoint).state_dict_metadata.items() if hasattr(value, "size")}
     state = table_state(model, optimizers)
     matching, notes = _fitting_tables(state, saved, changes)
     left = {table_of(n) for n in saved} - {table_of(n) for n in state}
@@ -419,6 +420,17 @@ def _read_state(checkpoint: Checkpoint, sharded: dict[str, Any]) -> dict[str, An
         raise DistmtlError(f"checkpoint {checkpoint.path} cannot be loaded: {_causes(e)}") from e
     state["dense"].seek(0)
     return torch.load(state["dense"], map_location="cpu", weights_only=True)
+
+
+def index(checkpoint: Checkpoint) -> Metadata:
+    """DCP's own: what every entry is, and where its shards lie in which file."""
+    return _reader(checkpoint).read_metadata()
+
+
+def dense(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Name → what `dense_tensors` held, without a model to fill."""
+    parameters: dict[str, torch.Tensor] = _read_state(checkpoint, {})["parameters"]
+    return parameters
 
 
 def _reader(checkpoint: Checkpoint) -> FileSystemReader:

@@ -25,6 +25,7 @@ from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.data.hashing import HASH_VERSION
 from distmtl.data.reader import Reader
+from distmtl.data.schema import kinds_of, served_columns
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
 from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard
@@ -446,6 +447,7 @@ class Training:
                     "plan": plan_json(self.planned, self.process.world_size),
                     "config": self.config.model_dump(mode="json"),
                     "data": {"digest": self.reader.dataset.digest, "files": self.reader.dataset.manifest()},
+                    "columns": kinds_of(self.reader.dataset.schema, served_columns(self.config)),
                     "hash_version": HASH_VERSION,
                     "versions": versions(),
                 },

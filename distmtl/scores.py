@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distmtl.batch import Batch
 from distmtl.calibration import Calibration, slices_of
@@ -40,6 +41,26 @@ class Scored:
     oracle: Tensor  # true probabilities, NaN where there are none
 
 
+class Predictions:
+    """What is served of every task (kinds.prediction), binary logits calibrated where that was fitted.
+
+    Args:
+        calibrations: of tasks by name.
+    """
+
+    def __init__(self, config: Config, calibrations: Mapping[str, Calibration] | None = None):
+        self.config, self.places, self.calibrations = config, places(config), calibrations or {}
+
+    def __call__(self, outputs: Tensor, ids: KeyedJaggedTensor, extras: Tensor | None) -> list[Tensor]:
+        """Outputs (B, O), the embedded features, the tasks' columns (B, T) → (B,) each; of a multiclass task (B, classes)."""
+        z = [outputs[:, place] for place in self.places]
+        out = [prediction(task, z[t], None if extras is None else extras[:, t]) for t, task in enumerate(self.config.tasks)]
+        for name, calibration in self.calibrations.items():
+            t = self.config.task(name)
+            out[t] = calibration(out[t], slices_of(ids, calibration.slices) if calibration.slices else None)
+        return out
+
+
 class Scores:
     """The columns of a config's tasks:
 
@@ -56,7 +77,7 @@ class Scores:
     """
 
     def __init__(self, config: Config, oracle: list[str | None], calibrations: Mapping[str, Calibration] | None = None):
-        self.config, self.places, self.calibrations = config, places(config), calibrations or {}
+        self.config, self.places, self.predictions = config, places(config), Predictions(config, calibrations)
         self.lineages = [lineage(config, t) for t in range(len(config.tasks))]
         self.entire = [bool(name) for name in oracle[len(config.tasks) :]] or [False] * len(config.tasks)
         self.columns = [c for t, task in enumerate(config.tasks) for c in self._columns(t, task)]
@@ -79,11 +100,7 @@ class Scores:
         labels = torch.where(batch.weights > 0, batch.labels, 0.0)
         joint, joint_weights = joint_labels(self.config, labels, batch.weights)
         z = [outputs[:, place] for place in self.places]
-        predicted = [prediction(task, z[t], None if batch.extras is None else batch.extras[:, t]) for t, task in enumerate(tasks)]
-        for name, calibration in self.calibrations.items():
-            t = self.config.task(name)
-            slices = slices_of(batch.sparse, calibration.slices) if calibration.slices else None
-            predicted[t] = calibration(predicted[t], slices)
+        predicted = self.predictions(outputs, batch.sparse, batch.extras)
         oracle = torch.full((len(outputs), 2 * len(tasks)), torch.nan) if batch.oracle is None else batch.oracle
         nothing = oracle.new_full((len(outputs),), torch.nan)
         out: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []

@@ -43,12 +43,19 @@ class Collator:
         oracle: columns of true probabilities that may be read; tasks whose column is not among them have none.
         locate: row number → where that row is, for error messages.
         training: ids are dropped (IdFeature.id_dropout).
+        labelled: False where rows are to be scored: their labels are not read, and all count for every task.
     """
 
     def __init__(
-        self, config: Config, *, oracle: Collection[str] = (), locate: Callable[[int], str] = "row {}".format, training: bool = False
+        self,
+        config: Config,
+        *,
+        oracle: Collection[str] = (),
+        locate: Callable[[int], str] = "row {}".format,
+        training: bool = False,
+        labelled: bool = True,
     ):
-        self.config, self.locate, self.training = config, locate, training
+        self.config, self.locate, self.training, self.labelled = config, locate, training, labelled
         self.keys = [f.name for f in config.embedded]
         self.one_each = {f.target: f"the target of {f.name!r}" for f in config.sequences} | {config.domain: "the head's domain"}
         self.dense_width = sum(f.width for f in config.dense)
@@ -57,8 +64,10 @@ class Collator:
         if not any(self.oracles):
             self.oracles = []
         self.extras = [t.extra for t in config.tasks] if any(t.extra for t in config.tasks) else []
-        extra = [config.data.group, config.data.weight, *self.oracles, *self.extras]
-        self.columns = list(dict.fromkeys([f.source for f in config.features] + [t.column for t in config.tasks] + [c for c in extra if c]))
+        if not labelled:
+            self.oracles, self.extras = [], inputs_of_tasks(config)
+        targets = [t.column for t in config.tasks] + [config.data.group, config.data.weight, *self.oracles] if labelled else []
+        self.columns = list(dict.fromkeys(c for c in [*(f.source for f in config.features), *targets, *self.extras] if c))
 
     def __call__(self, table: pa.Table, order: np.ndarray | None = None, epoch: int = 0) -> Rows:
         """The table's rows, permuted, as an epoch trains them.
@@ -99,12 +108,14 @@ class Collator:
             put(_dense(column(number.source), number, at), dense[:, start : start + number.width])
             start += number.width
 
-        labels, weights = np.empty((n, tasks), dtype=np.float32), np.empty((n, tasks), dtype=np.float32)
-        weight = _weight(column(self.config.data.weight), self.config.data.weight, at) if self.config.data.weight else np.float32(1)
-        for t, task in enumerate(self.config.tasks):
-            label, known = _label(column(task.column), task, at)
-            labels[:, t], weights[:, t] = label, known * weight
-        contradicting = self._after_their_parents(labels, weights, at)
+        labels, weights = np.zeros((n, tasks), dtype=np.float32), np.ones((n, tasks), dtype=np.float32)
+        contradicting = np.zeros(n, dtype=np.int64)
+        if self.labelled:
+            weight = _weight(column(self.config.data.weight), self.config.data.weight, at) if self.config.data.weight else np.float32(1)
+            for t, task in enumerate(self.config.tasks):
+                label, known = _label(column(task.column), task, at)
+                labels[:, t], weights[:, t] = label, known * weight
+            contradicting = self._after_their_parents(labels, weights, at)
         extras = self._extras(column, weights, at)
         single = single[: len(self.keys) - len(bags)]
         groups, oracle, extras = (None if a is None else permuted(a) for a in (self._groups(column), self._oracle(column, n), extras))
@@ -223,7 +234,7 @@ class Collator:
         return Rows(single, {}, no(self.dense_width), no(tasks), no(tasks), none, none, none, groups, oracle, extras, domain)
 
     def _groups(self, column: Callable[[str], pa.Array]) -> np.ndarray | None:
-        if not self.config.data.group:
+        if not self.config.data.group or not self.labelled:
             return None
         values = column(self.config.data.group)
         if is_string(values.type):
@@ -240,6 +251,12 @@ class Collator:
             if name:
                 out[:, t] = column(name).to_numpy(zero_copy_only=False)
         return out
+
+
+def inputs_of_tasks(config: Config) -> list[str | None]:
+    """Of every task, the column beside the features without which it predicts nothing: a video's duration. [] where there is none."""
+    columns = [t.extra if isinstance(t, QuantileTask) else None for t in config.tasks]
+    return columns if any(columns) else []
 
 
 def is_string(kind: pa.DataType) -> bool:

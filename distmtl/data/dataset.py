@@ -74,6 +74,11 @@ class Dataset:
         first = self.groups.index((part, 0))
         return f"{self.parts[part].path}, row {row - int(self.group_starts[first])}"
 
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Of the first file."""
+        return self.open_part(0).schema_arrow
+
     def open_part(self, part: int) -> pq.ParquetFile:
         filesystem, _ = filesystem_of(self.path)
         path = self.parts[part].path

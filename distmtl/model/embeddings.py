@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedTensor, PoolingType
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    JaggedTensor,
+    KeyedTensor,
+    PoolingType,
+)
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distmtl.config import Config, VectorFeature
@@ -93,7 +101,7 @@ class FeatureVector(nn.Module):
         self,
         pooled: KeyedTensor,
         sequences: dict[str, Tensor],
-        ids: KeyedJaggedTensor,
+        ids: KeyedJaggedTensor | JaggedTensor,
         dense: Tensor,
         domain: Tensor | None,
         weights: Tensor,

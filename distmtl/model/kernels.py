@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+UNREAD = [0.0]  # relu has no parameters, but torch.export cannot write an empty list of them
+
 
 def linear_relu(xs: Sequence[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
     """ReLU(xₑ·Wₑᵀ + bₑ) of E layers of one shape; the same tensor given several times is one input.
@@ -83,8 +85,8 @@ def _cast(*tensors: Tensor) -> list[Tensor]:
 
 
 def _relu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling():
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "relu", [], "")
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_dynamo_compiling():
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "relu", UNREAD, "")
     return F.relu(F.linear(x, weight, bias))
 
 
@@ -146,7 +148,7 @@ class _SideBySide(torch.autograd.Function):
         ctx.blocks, ctx.scales, ctx.like, ctx.dense = blocks, scales, (pooled.shape, pooled.dtype), (dense.shape[1], dense.dtype)
         outs = []
         for runs in blocks:
-            out = dense.new_empty(len(dense), sum(r.width for r in runs) + dense.shape[1], dtype=dtype)
+            out = dense.new_empty(dense.shape[0], sum(r.width for r in runs) + dense.shape[1], dtype=dtype)
             start = 0
             for run in runs:
                 columns = pooled[:, run.first : run.first + run.width]
@@ -193,7 +195,7 @@ class _WithDots(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         (x,), features, dim = ctx.saved_tensors, ctx.features, ctx.dim
         i, j = _pairs(features, x.device)
-        symmetric, of_dots = gradient.new_zeros(len(x), features * features), gradient[:, x.shape[1] :]
+        symmetric, of_dots = gradient.new_zeros(x.shape[0], features * features), gradient[:, x.shape[1] :]
         symmetric.index_copy_(1, i * features + j, of_dots).index_copy_(1, j * features + i, of_dots)
         of_x = gradient[:, : x.shape[1]].clone()
         vectors, of_vectors = (t[:, : features * dim].view(-1, features, dim) for t in (x, of_x))
@@ -211,7 +213,7 @@ class _SegmentSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: Tensor) -> Tensor:
-        ctx.total = len(x)
+        ctx.total = x.shape[0]
         ctx.save_for_backward(lengths)
         return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True)
 

@@ -67,7 +67,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         scores = self.query(torch.tanh(self.hidden(x)))
         largest = torch.segment_reduce(scores.detach(), "max", lengths=lengths, unsafe=True)
-        weights = (scores - spread(largest, lengths, len(x))).exp()
+        weights = (scores - spread(largest, lengths, x.shape[0])).exp()
         return segment_sum(weights * x, lengths) / segment_sum(weights, lengths).clamp(min=1)  # the largest is 1: less is an empty list
 
 
@@ -87,8 +87,8 @@ class TargetAttention(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
         # The first layer, linear in its four inputs: what only the target decides is computed once per row.
         of_id, of_target, of_difference, of_product = self.layers[0].weight.chunk(4, dim=1)
-        a = F.linear(x, of_id + of_difference) + F.linear(x * spread(targets, lengths, len(x)), of_product)
-        a = a + spread(F.linear(targets, of_target - of_difference, self.layers[0].bias), lengths, len(x))
+        a = F.linear(x, of_id + of_difference) + F.linear(x * spread(targets, lengths, x.shape[0]), of_product)
+        a = a + spread(F.linear(targets, of_target - of_difference, self.layers[0].bias), lengths, x.shape[0])
         for activation, layer in zip(self.activations, self.layers[1:], strict=True):
             a = layer(activation(a))
         return segment_sum(a * x, lengths)

@@ -1,0 +1,134 @@
+"""The part of a model that is no table, as torch.export keeps it: a program without Python, loaded without a pickle."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec import JaggedTensor, KeyedTensor
+
+from distmtl.config import Config
+from distmtl.errors import DistmtlError
+from distmtl.model.embeddings import FeatureVector
+from distmtl.model.head import Head
+from distmtl.model.layout import Layout
+from distmtl.model.sequences import SequencePooling
+
+Run = Callable[[Tensor, list[Tensor], Tensor, Tensor, Tensor | None], Tensor]
+LEAST = 2  # rows of a batch, and ids of each sequence feature in it: torch.export makes constants of sizes 0 and 1
+
+
+def bags(config: Config) -> list[str]:
+    """Features whose vectors the tables give already pooled, in config order."""
+    return [f.name for f in config.embedded if f.table_name not in config.sequence_tables]
+
+
+def lists(config: Config) -> list[str]:
+    """Features that need the embedding of every id, in config order."""
+    return [f.name for f in config.embedded if f.table_name in config.sequence_tables]
+
+
+class Program(nn.Module):
+    """MultiTaskModel behind its tables, with its parameters' names.
+
+    forward: sums of the bags side by side (B, width), every list's embeddings (N, dim x copies), lengths of all embedded features
+    (F, B) in config order, numbers (B, dense width), domain (B,) where the head asks for it → outputs (B, O), float32
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.pooling, self.features, self.head = SequencePooling(config), FeatureVector(config), Head(config, Layout.of(config))
+        self.keys, self.bags, self.lists = [f.name for f in config.embedded], bags(config), lists(config)
+        self.widths = [f.dim * config.copies for f in config.embedded if f.name in self.bags]
+        self.tasks = len(config.tasks)
+
+    def forward(self, pooled: Tensor, lists: list[Tensor], lengths: Tensor, dense: Tensor, domain: Tensor | None) -> Tensor:
+        bags = KeyedTensor(self.bags, self.widths, pooled)
+        jagged = {name: JaggedTensor(x, lengths=lengths[self.keys.index(name)]) for name, x in zip(self.lists, lists, strict=True)}
+        ids = JaggedTensor(torch.zeros(0), lengths=lengths.reshape(-1))  # of which FeatureVector reads the lengths alone
+        real = torch.ones(dense.shape[0], self.tasks)
+        return self.head(self.features(bags, self.pooling([jagged]), ids, dense, domain, real))
+
+
+def save(config: Config, parameters: dict[str, Tensor]) -> bytes:
+    """The program with a checkpoint's dense tensors.
+
+    Raises:
+        DistmtlError: torch.export cannot follow the head (a plug-in, say).
+    """
+    program = Program(config)
+    own = {name.removeprefix("model."): value for name, value in parameters.items() if name.startswith("model.")}
+    program.load_state_dict({name: own[name] for name in program.state_dict()})
+    program.eval()
+    rows, ids = torch.export.Dim("rows", min=LEAST), 3
+    batch, copies = 5, config.copies
+    lengths = torch.full((len(program.keys), batch), ids, dtype=torch.int32)
+    width = {f.name: f.dim * copies for f in config.embedded}
+    example = (
+        torch.zeros(batch, sum(program.widths)),
+        [torch.zeros(batch * ids, width[name]) for name in program.lists],
+        lengths,
+        torch.zeros(batch, sum(f.width for f in config.dense)),
+        torch.zeros(batch, dtype=torch.int64) if config.domain else None,
+    )
+    dynamic = (
+        {0: rows},
+        [{0: torch.export.Dim(f"ids_{i}", min=LEAST)} for i in range(len(program.lists))],
+        {1: rows},
+        {0: rows},
+        {0: rows} if config.domain else None,
+    )
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(program, example, dynamic_shapes=dynamic, strict=False)
+            exported._example_inputs = None  # they would be pickled
+            file = io.BytesIO()
+            torch.export.save(exported, file)
+    except Exception as e:  # whatever a head of the user's own does
+        raise DistmtlError(f"model {config.model.kind} cannot be exported: torch.export says {type(e).__name__}: {e}") from e
+    refuse_pickles(file, "the exported program")
+    return file.getvalue()
+
+
+def load(file: Any, where: str) -> Run:
+    """The program in a file, ready to run.
+
+    Raises:
+        DistmtlError: it is damaged, or holds something that only a pickle could be.
+    """
+    refuse_pickles(file, where)
+    file.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.load(file).module()
+    except Exception as e:
+        raise DistmtlError(f"{where} cannot be loaded: {type(e).__name__}: {e}; export again with this version") from e
+
+
+def refuse_pickles(file: Any, where: str) -> None:
+    """Of the archive's members only graphs (JSON) and plain bytes of tensors may be there.
+
+    Raises:
+        DistmtlError: another one is, or it is no archive.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                if info.filename.endswith("_config.json") and "/data/" in info.filename:
+                    payloads = json.loads(archive.read(info))["config"]
+                    if any(p["use_pickle"] or not p["path_name"].startswith(("weight_", "tensor_")) for p in payloads.values()):
+                        raise DistmtlError(f"{where}: {info.filename} names pickled objects, which are never loaded")
+                elif "/sample_inputs/" in info.filename and info.file_size:
+                    raise DistmtlError(f"{where}: {info.filename} is a pickle, which is never loaded")
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as e:
+        if isinstance(e, DistmtlError):
+            raise
+        raise DistmtlError(f"{where} is damaged: {type(e).__name__}: {e}; export again") from None
