@@ -111,6 +111,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the metrics as JSON")
 
     p = command(
+        "export", export, "Turn a checkpoint into one directory that predict and serve need nothing else for.",
+        "distmtl export runs/synthetic --out exports/synthetic --quantize int8",
+    )  # fmt: skip
+    p.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--quantize", choices=["int8", "fp16"], help="keep rows of tables smaller, and print what that costs (default: fp32)")
+    p.add_argument("--verify", action="store_true", help="score a sample of the config's data by the checkpoint too; differences fail")
+
+    p = command(
         "health", health, "Show how the tasks of a run get on with each other: λ, gradients, calibration, gates. Also while it runs.",
         "distmtl health runs/synthetic",
     )  # fmt: skip
@@ -236,6 +245,26 @@ def evaluate(a: argparse.Namespace) -> None:
         if a.out:
             a.out.write_text(json.dumps(metrics, indent=1) + "\n")
         print(json.dumps(metrics))
+
+
+def export(a: argparse.Namespace) -> None:
+    from distmtl.distributed.process import quieten
+    from distmtl.exporting.writer import export as run
+    from distmtl.serving.comparison import compare, costs, refuse_apart
+
+    quieten()
+    manifest = run(a.path, a.out, a.quantize or "fp32")
+    size = sum(size for size, _ in manifest.files.values())
+    print(f"export {a.out}: step {manifest.step:,} of {manifest.checkpoint}, {size / 2**20:,.1f} MiB, digest {manifest.digest}")
+    if a.quantize or a.verify:
+        comparisons = compare(a.path, a.out)
+        for c in comparisons:
+            print(c.text())
+        if not a.quantize:
+            refuse_apart(comparisons)
+    for line in costs(a.path, a.out) if a.quantize else ():
+        print(line)
+    print(f"next: distmtl serve {a.out}")
 
 
 def health(a: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -59,6 +60,15 @@ class Predictions:
             t = self.config.task(name)
             out[t] = calibration(out[t], slices_of(ids, calibration.slices) if calibration.slices else None)
         return out
+
+
+def served(task: TaskConfig, predicted: Tensor) -> np.ndarray:
+    """Of what is predicted, what users get: float32 probabilities of logits and log-probabilities, values as they are."""
+    if isinstance(task, BinaryTask):
+        predicted = predicted.sigmoid()
+    elif isinstance(task, MulticlassTask):
+        predicted = predicted.exp()
+    return predicted.float().cpu().numpy()
 
 
 class Scores:
