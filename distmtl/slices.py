@@ -4,8 +4,9 @@
     item_id:1,10     0, 1-9, 10+
     domain=          every value, of a table of at most MAX_VALUES rows; of a bucket feature every bucket
 
-What counts is the row of the table: ids that are hashed to one row count together, as they are trained. Rows whose id is read from the
-row of unknown or missing ids, and rows without one, are slices of their own, `oov` and `missing`.
+What counts is the row of the table: ids that are hashed to one row count together, as they are trained, and an id of several rows as the
+rarest of them (a count-min sketch, Cormode and Muthukrishnan 2005: never too few). Rows whose id is read from the row of unknown or missing
+ids, and rows without one, are slices of their own, `oov` and `missing`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmtl.batch import Batch
-from distmtl.calibration import slices_of
 from distmtl.config import BucketFeature, Config, IdFeature, MMoEConfig
 from distmtl.config.base import did_you_mean
 from distmtl.data.collate import Collator, is_list
@@ -44,8 +44,9 @@ class Slices:
 
     def __call__(self, batch: Batch) -> Tensor:
         """(B,) places among the names."""
-        rows = slices_of(batch.sparse, self.feature).cpu()
-        return torch.where(rows >= 0, self.of_row[rows], len(self.names) - 1)
+        bag = batch.sparse[self.feature]
+        of_rows, lengths = self.of_row[bag.values().cpu()].double(), bag.lengths().cpu()
+        return torch.segment_reduce(of_rows, "min", lengths=lengths, initial=len(self.names) - 1).long()  # of an id's hashes the rarest
 
 
 def make_slices(wanted: Sequence[str], dataset: Dataset, config: Config, process: Process) -> list[Slices]:
@@ -97,6 +98,11 @@ def _ranges(edges: tuple[int, ...]) -> list[str]:
 
 
 def _by_value(feature: IdFeature | BucketFeature) -> Slices:
+    if isinstance(feature, IdFeature) and feature.hashes > 1:
+        raise DistmtlError(
+            f"slices {feature.name}=: its ids read {feature.hashes} rows each, and no row is one value's; write {feature.name} for how "
+            "often training saw its ids"
+        )
     if feature.rows > MAX_VALUES:
         raise DistmtlError(
             f"slices {feature.name}=: its table has {feature.rows:,} rows, and by value at most {MAX_VALUES} can be told apart; "
