@@ -163,6 +163,15 @@ def test_what_hashes_do_not_go_with(arguments, sentence):
         config_of(**arguments)
 
 
+def test_managed_collision_is_refused():
+    """For a reason that is looked at: once FBGEMM has that kernel, it may be built."""
+    with pytest.raises(
+        DistmtlError, match=r"features.f.out_of_range: managed collision .* is not built: a row's .* use hash with hashes: 2, or oov"
+    ):
+        config_of(out_of_range="managed", hashes=1)
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("fbgemm::reset_weight_momentum", "CPU")
+
+
 def test_no_hash_is_of_the_others():
     """Neither the second, third nor fourth row can be told from those before: as many equal as by chance."""
     n = 20_000

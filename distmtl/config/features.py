@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from distmtl.config.base import Name, Strict, Unit, Widths
 
@@ -109,6 +109,17 @@ class Ids(Embedded):
     def row_of(self, extra: str) -> int:
         """Where the table holds an extra row."""
         return self.rows + self.extra_rows.index(extra)
+
+    @field_validator("out_of_range", mode="before")
+    @classmethod
+    def _not_managed(cls, value: Any) -> Any:
+        if value == "managed":
+            raise ValueError(
+                "managed collision (TorchRec's MCH: ids get rows as they come, the rarest lose theirs) is not built: a row's optimizer "
+                "state cannot be reset on CPU, and which id has which row would hang on the number of workers; use hash with hashes: 2, "
+                "or oov"
+            )
+        return value
 
     @model_validator(mode="after")
     def _drops_to_a_row(self):
