@@ -10,7 +10,7 @@ import tiny
 import torch
 from test_matching import start
 from test_training import difference, state_after_loading
-from worlds import records, run_world, saved_state, train_world
+from worlds import pipeline_of_cuda, records, run_world, saved_state, train_world
 
 from distmtl.config import Config
 from distmtl.config_file import parse_config
@@ -66,6 +66,17 @@ def test_two_workers_equal_one_and_go_on_at_another_number(tiny_data, tmp_path):
 def test_the_gate_of_parity_passes(tiny_data, tmp_path):
     checks = verify(config_of(tiny_data, tmp_path / "run"), 2, say=lambda text: None)
     assert len(checks) > 6 and all(c.passed for c in checks)
+
+
+def test_the_pipeline_of_cuda_trains_the_same(tiny_data, tmp_path, monkeypatch):
+    """It traces the sums of a sequence's rows."""
+    import distmtl.loop as loop
+
+    plain, ahead = (config_of(tiny_data, tmp_path / n, steps=6) for n in ("plain", "ahead"))
+    train_world(plain, 2)
+    monkeypatch.setattr(loop, "make_pipeline", pipeline_of_cuda)
+    train_world(ahead, 2)
+    assert [r["losses"] for r in records(plain, "train")] == [r["losses"] for r in records(ahead, "train")]
 
 
 def test_other_hashes_are_other_rows(tiny_data, tmp_path):
