@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,10 +105,15 @@ def parser() -> argparse.ArgumentParser:
         "evaluate",
         evaluate,
         "Per-task metrics of a checkpoint or of a run's best one.",
-        "distmtl evaluate runs/synthetic --data data/synthetic/test",
+        "distmtl evaluate runs/synthetic --data data/synthetic/test --slices user_id,item_id:1,10",
     )
     p.add_argument("path", metavar="RUN_OR_CHECKPOINT")
     p.add_argument("--data", metavar="PATH", help="Parquet to evaluate on (default: the config's test split)")
+    p.add_argument(
+        "--slices", default="", metavar="FEATURE[,…]",
+        help="metrics also by how often training saw a row's id of a feature (item_id: 0, 1-4, 5-49, 50+ times; item_id:1,10 with other "
+        "edges), or by its value (domain=)",
+    )  # fmt: skip
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the metrics as JSON")
 
     p = command(
@@ -235,7 +241,7 @@ def evaluate(a: argparse.Namespace) -> None:
     if a.out and not a.out.absolute().parent.is_dir():
         raise DistmtlError(f"--out {a.out}: its folder does not exist")
     found = find_checkpoint(a.path)
-    metrics = run(str(found.path), a.data)
+    metrics = run(str(found.path), a.data, slices=re.split(r",(?=[^\d])", a.slices) if a.slices else ())
     if _first_rank():
         print(f"checkpoint {found.path} (step {found.step})")
         for task, calibration in saved_calibrations(found).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ class Scored:
     labels: Tensor
     weights: Tensor
     oracle: Tensor  # true probabilities, NaN where there are none
+
+    def __getitem__(self, rows: Any) -> Scored:
+        return Scored(self.scores[rows], self.labels[rows], self.weights[rows], self.oracle[rows])
 
 
 class Predictions:
