@@ -23,8 +23,9 @@ import pyarrow as pa
 
 from distmtl.config import Config
 from distmtl.errors import DistmtlError
+from distmtl.exporting import manifest
 from distmtl.serving.counters import CONTENT_TYPE, Counters
-from distmtl.serving.following import Followed, Version
+from distmtl.serving.following import Followed, Version, chains
 from distmtl.serving.fusion import AnyFusion, check_fusion, fuse, parse_fusion, read_fusion
 from distmtl.serving.openapi import JSON
 from distmtl.serving.request import BadRequest, Limits, parse_body, parse_rows
@@ -66,6 +67,18 @@ class Settings:
     batch: int = 2048
     wait_ms: float = 0.0
     poll_s: float = 2.0
+
+    def check(self) -> None:
+        """What can be seen without loading a model.
+
+        Raises:
+            DistmtlError: an export, the fusion or the token cannot be read.
+        """
+        for path in self.versions.values():
+            manifest.read(chains(Path(path))[0][0])
+        if self.fusion:
+            read_fusion(Path(self.fusion))
+        _token(self.token)
 
 
 @dataclass(frozen=True)

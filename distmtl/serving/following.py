@@ -61,6 +61,13 @@ class Model:
         return openapi(self.predictor.manifest, self.predictor.config, self.columns, self.limits)
 
 
+def described(path: Path, limits: Limits) -> dict[str, Any]:
+    """The OpenAPI schema of an export that is not loaded."""
+    found = manifest.read(chains(path)[0][-1])
+    config = found.parsed_config()
+    return openapi(found, config, columns(config, found.columns, limits.list), limits)
+
+
 class Version:
     """What is served under a name. Of broken exports and deltas none is served: at first what came before them, later what already is.
 
