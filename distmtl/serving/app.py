@@ -181,6 +181,7 @@ class Service:
             fusion = self.fusion.value if self.fusion else model.fusion
         request = parse_rows(raw, model.columns, fusion, self.settings.limits)
         scored, digest = await self.scorer.score(model.predictor, request.table)
+        _refuse_infinite(scored.predictions)
         with np.errstate(all="ignore"):
             fused = np.nan_to_num(fuse(fusion, scored.predictions, request.price), nan=0.0)
         order = np.argsort(-fused, kind="stable")
@@ -286,6 +287,17 @@ async def _read(body: AsyncIterator[bytes], length: str, limits: Limits) -> byte
         else:
             return b"".join(parts)
     raise BadRequest(413, f"the body has more than {limits.body_kb} kB; send fewer candidates at once")
+
+
+def _refuse_infinite(predictions: dict[str, np.ndarray]) -> None:
+    """
+    Raises:
+        BadRequest: a number of the request is so large that the model overflows.
+    """
+    for task, p in predictions.items():
+        if not np.isfinite(p).all():
+            i = int(np.flatnonzero(~np.isfinite(p).reshape(len(p), -1).all(1))[0])
+            raise BadRequest(422, f"task {task} of candidate {i} is not finite: its numbers are too large for the model")
 
 
 def _array(values: np.ndarray) -> str:

@@ -12,6 +12,7 @@ from distmtl.config import Config
 from distmtl.errors import DistmtlError
 from distmtl.exporting import manifest
 from distmtl.exporting.manifest import MANIFEST, Manifest
+from distmtl.exporting.publishing import in_order
 from distmtl.serving.columns import Column, columns
 from distmtl.serving.fusion import ProductFusion, default_fusion
 from distmtl.serving.openapi import openapi
@@ -30,15 +31,14 @@ def chains(path: Path) -> list[list[Path]]:
     """
     if (path / MANIFEST).exists():
         return [[path]]
-    published = sorted(p for p in path.glob("[0-9]*-*") if (p / MANIFEST).exists()) if path.is_dir() else []
     out: list[list[Path]] = []
-    for folder in published:
+    for folder in in_order(path):
         if folder.name.endswith("-full"):
             out.insert(0, [folder])
         elif out:
             out[0].append(folder)
     if not out:
-        raise DistmtlError(f"{path} is no export: it has no {MANIFEST}; make one with distmtl export CHECKPOINT --out DIR")
+        raise DistmtlError(f"{path} is neither an export nor a folder of published ones; make one with distmtl export RUN --out DIR")
     return out
 
 
