@@ -112,11 +112,12 @@ def parse_rows(raw: dict[str, Any], columns: dict[str, Column], fusion: AnyFusio
                 raise BadRequest(422, f"{place}: the model reads no {_shown(name)}{did_you_mean(name, known)}")
     n = _count(candidates, limits)
     arrays: dict[str, pa.Array] = {}
+    everywhere = pa.array(np.zeros(n, dtype=np.int32))
     for name, column in known.items():
         if name in context and name in candidates:
             raise BadRequest(422, f"{_shown(name)} is given in context and in candidates; give it once")
         if name in context:
-            arrays[name] = pa.repeat(_array([context[name]], column, f"context.{name}")[0], n)
+            arrays[name] = _array([context[name]], column, f"context.{name}").take(everywhere)
         elif name in candidates:
             arrays[name] = _array(candidates[name], column, f"candidates.{name}")
         elif name in columns:
