@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from distmtl.config import Config
+from distmtl.distributed.matmul import fastest_fp32
 from distmtl.errors import DistmtlError
 from distmtl.exporting import manifest
 from distmtl.serving.counters import CONTENT_TYPE, Counters
@@ -100,6 +101,7 @@ class Service:
     """
 
     def __init__(self, settings: Settings):
+        fastest_fp32()
         self.settings = settings
         self.token = _token(settings.token)
         self.scorer = Scorer(settings.batch, settings.wait_ms / 1000)
