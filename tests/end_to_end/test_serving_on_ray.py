@@ -17,11 +17,15 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import served
+from bodies import check_any
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from distmtl import Predictor
 from distmtl.serving.comparison import checkpoint_predictions
 
 TABLE = served.rows(30)
+EXAMPLES = 5000  # two bodies each
 
 
 def ask(port: int, method: str, path: str, content=None, **headers: str) -> tuple[int, bytes]:
@@ -111,6 +115,26 @@ def test_serve(tiny_data, tmp_path):
         client.join()
         assert process.returncode == 0 and "stopping" in out, err
         assert "Traceback" not in err and answers.count(200) > 0 and set(answers) <= {200, 404, 503}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_thousand_bodies_of_any_kind(tiny_data, tmp_path):
+    served.published(tiny_data, tmp_path)
+    with serving(f"v={tmp_path / 'all'}", "--max-candidates", "40", "--max-list", "8", "--max-body-kb", "64") as (_, port):
+        document = json.loads(ask(port, "GET", "/openapi.json")[1])
+
+        def answer(content):
+            status, got = ask(port, "POST", "/v1/score", content)
+            return status, json.loads(got)
+
+        @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+        @given(data=st.data())
+        def run(data):
+            check_any(data, document, answer)
+
+        run()
+        assert ask(port, "GET", "/v1/health")[0] == 200
 
 
 def test_wrong_commands(tmp_path):
