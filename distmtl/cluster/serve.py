@@ -43,6 +43,7 @@ from distmtl.serving.app import Service, Settings
 from distmtl.serving.counters import FOLDER
 
 NAME = "distmtl"
+SAID = f"{DistmtlError.__name__}: "
 STOP_S = 20.0  # that requests in flight have at the end
 LOGS = LoggingConfig(enable_access_log=False, log_level="ERROR")
 
@@ -108,6 +109,8 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000, replica
 def _start(settings: Settings, host: str, port: int, replicas: int, counts: str) -> None:
     if ray_serve.status().applications:
         raise DistmtlError("Ray Serve runs on this cluster already, with ports of its own; unset RAY_ADDRESS to serve on this machine")
+    if (cpus := int(ray.cluster_resources().get("CPU", 0))) < replicas:
+        raise DistmtlError(f"the Ray cluster has {cpus} CPUs, but {replicas} replicas want one each; lower --replicas, or add nodes")
     room = 2 * settings.pending + 16  # of requests in a replica: above `pending` it answers itself, and health always
     deployment: Any = ray_serve.deployment(
         Replica,
@@ -126,7 +129,15 @@ def _start(settings: Settings, host: str, port: int, replicas: int, counts: str)
         ray_serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), logging_config=LOGS)
         ray_serve.run(deployment.bind(settings), name=NAME, route_prefix="/", logging_config=LOGS)
     except (RayError, RuntimeError) as e:
-        raise DistmtlError(f"the service does not start: {last_line(e)}") from e
+        raise DistmtlError(_why() or f"the service does not start: {last_line(e)}") from e
+
+
+def _why() -> str:
+    """What a replica said that did not start: Serve keeps the end of its traceback."""
+    applications = ray_serve.status().applications
+    texts = [d.message for d in applications[NAME].deployments.values()] if NAME in applications else []
+    said = [line.partition(SAID)[2] for text in texts for line in text.splitlines() if SAID in line]
+    return said[-1] if said else ""
 
 
 def _refuse_taken(host: str, port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import linecache
 import operator
 import warnings
 import zipfile
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import graph_module
 from torchrec import JaggedTensor, KeyedTensor
 
 from distmtl.config import Config
@@ -113,7 +115,16 @@ def load(file: Any, where: str) -> Run:
     except Exception as e:
         raise DistmtlError(f"{where} cannot be loaded: {type(e).__name__}: {e}; export again with this version") from e
     # Not the module itself: before each call it would compare sizes that Predictor's are anyway.
-    return _flat(module).forward
+    run = _flat(module).forward
+    _forget_sources()
+    return run
+
+
+def _forget_sources() -> None:
+    """torch.fx keeps the source of every graph that it ever compiled, for tracebacks: of a server that reloads for months, too many."""
+    graph_module._loader.eval_cache.clear()
+    for name in [name for name in linecache.cache if name.startswith("<eval_with_key>")]:
+        del linecache.cache[name]
 
 
 def _flat(module: Any) -> Any:
