@@ -251,15 +251,14 @@ class Service:
     def _watch(self) -> None:
         while not self.stopping.wait(self.settings.poll_s):
             for version in self.versions.values():
-                self._tried(version.name, partial(self._refresh, version))
+                self._tried(version.name, partial(version.refresh, partial(self._took, version)))
             if self.fusion:
                 self._tried("fusion", self.fusion.refresh)
 
-    def _refresh(self, version: Version) -> None:
-        for kind in version.refresh():
-            self.counters.reloads.labels(version.name, kind).inc()
-            self.counters.model(version.name, version.manifest)
-            _say(f"version {version.name}: {kind} taken, now {version.manifest.digest}, step {version.manifest.step:,}")
+    def _took(self, version: Version, kind: str) -> None:
+        self.counters.reloads.labels(version.name, kind).inc()
+        self.counters.model(version.name, version.manifest)
+        _say(f"version {version.name}: {kind} taken, now {version.manifest.digest}, step {version.manifest.step:,}")
 
     def _tried(self, what: str, refresh: Any) -> None:
         try:
