@@ -188,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
         "--batch-wait-ms", type=float, default=0.0, metavar="MS",
         help="wait so long for more requests to score together (default: 0, those that came meanwhile)",
     )  # fmt: skip
-    p.add_argument("--poll-s", type=float, default=2.0, metavar="S", help="between two looks for newer exports (default: %(default)s)")
+    p.add_argument("--poll-s", type=seconds, default=2.0, metavar="S", help="between two looks for newer exports (default: %(default)s)")
     p.add_argument("--openapi", action="store_true", help="print the OpenAPI schema of the first export and end")
 
     p = command("config", show_config, "Print the resolved config.", "distmtl config configs/synthetic.yaml model.num_experts=8")
@@ -406,6 +406,15 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        if 0 < (out := float(text)) < float("inf"):
+            return out
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
 
 
 def shares(text: str) -> tuple[float, ...]:
