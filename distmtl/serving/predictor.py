@@ -46,6 +46,8 @@ class Predictor:
         self.schema = pa.schema([(name, arrow_type(self.manifest.columns[name])) for name in self.collate.columns])
         self.lookup = Lookup(self.config, self.manifest.row_format)
         self.lookup.load(folder)
+        self.hashes = program.hashes(self.config)
+        self.hashes_of_lists = [h for h, key in zip(self.hashes, self.lookup.keys, strict=True) if key in self.lookup.lists]
         self._take(folder, self.manifest)
 
     def _take(self, folder: Path, of: Manifest) -> None:
@@ -95,11 +97,10 @@ class Predictor:
         """(B, O). The program takes no fewer rows and ids than program.LEAST: what is missing is made up, and left out again."""
         pooled, lists = self.lookup(ids)
         lengths = ids.lengths().view(len(self.lookup.keys), -1)
-        n = lengths.shape[1]
-        if n < program.LEAST or any(x.shape[0] < program.LEAST for x in lists):
-            made_up = program.LEAST
-            pooled, dense = (torch.cat([x, x.new_zeros(made_up, x.shape[1])]) for x in (pooled, dense))
-            lists = [torch.cat([x, x.new_zeros(made_up, x.shape[1])]) for x in lists]
-            lengths = torch.cat([lengths, lengths.new_ones(len(lengths), made_up)], dim=1)
-            domain = None if domain is None else torch.cat([domain, domain.new_zeros(made_up)])
+        n, more = lengths.shape[1], program.LEAST
+        if n < more or any(x.shape[0] < more * hashes for x, hashes in zip(lists, self.hashes_of_lists, strict=True)):
+            pooled, dense = (torch.cat([x, x.new_zeros(more, x.shape[1])]) for x in (pooled, dense))
+            lists = [torch.cat([x, x.new_zeros(more * h, x.shape[1])]) for x, h in zip(lists, self.hashes_of_lists, strict=True)]
+            lengths = torch.cat([lengths, lengths.new_tensor(self.hashes)[:, None].expand(-1, more)], dim=1)
+            domain = None if domain is None else torch.cat([domain, domain.new_zeros(more)])
         return self.program(pooled, lists, lengths, dense, domain)[:n]
