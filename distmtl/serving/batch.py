@@ -176,7 +176,7 @@ def predict(job: Job, score: Score, say: Say = print) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / PLAN).exists():
         write_whole(folder / PLAN, json.dumps(job.plan(), indent=1) + "\n")
-    (folder / REJECTED).mkdir(exist_ok=True)
+    (folder / REJECTED).mkdir(parents=True, exist_ok=True)
     there = sizes(folder)
     waiting = [part for part in job.parts if part.name not in there]
     rejected, reasons = _rejected_before(job, [part for part in job.parts if part.name in there])
@@ -210,7 +210,7 @@ def predict(job: Job, score: Score, say: Say = print) -> dict[str, Any]:
 def _rejected_before(job: Job, finished: Sequence[Part]) -> tuple[int, list[str]]:
     """How many rows of finished parts were rejected, and why the first of them."""
     folder = place(job.out) / REJECTED
-    there, count, reasons = sizes(folder), 0, list[str]()
+    there, count, reasons = sizes(folder) if folder.exists() else {}, 0, list[str]()  # an object store has no empty folders
     for part in finished:
         if part.name in there:
             with (folder / part.name).open("rb") as file:

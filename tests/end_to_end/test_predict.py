@@ -33,6 +33,7 @@ from distmtl.model.multitask import MultiTaskModel
 from distmtl.run_directory import find_checkpoint
 from distmtl.serving import batch
 from distmtl.serving.batch import Scorer, bad_rows, in_this_process, open_job, parts_of, predict
+from distmtl.storage import place
 
 ROWS, FILES = 3001, 3
 
@@ -273,6 +274,32 @@ def test_two_workers_and_one_of_them_killed_write_what_one_process_writes(made, 
     assert json.loads(out.splitlines()[-1])["scored"] == 150 * ROWS
     assert parts(tmp_path / "two") == parts(tmp_path / "one") and len(parts(tmp_path / "one")) == FILES
     assert not list((tmp_path / "two").rglob("*.partial"))
+
+
+def test_into_an_object_store(made, tmp_path, small, capsys):
+    bad, store, disk = broken(made, tmp_path / "bad"), place("memory://predictions"), tmp_path / "disk"
+    for out in (str(store), str(disk), str(store)):
+        assert main(["predict", str(made / "export"), "--data", str(bad), "--out", out]) == 0
+    assert "6 of them done" in capsys.readouterr().out
+    names = [*parts(disk), "predict.json"]
+    assert [(store / name).read_bytes() for name in names] == [(disk / name).read_bytes() for name in names]
+
+
+def test_kept_columns_keep_their_types(made, tmp_path):
+    table = pq.read_table(made / "data" / "part-0.parquet")
+    kept = {
+        "kind": pa.array(["a", "b", None, "a"] * 250).dictionary_encode(),
+        "flag": pa.array([True, False] * 500),
+        "key": pa.array([2**64 - 1 - i for i in range(1000)], pa.uint64()),
+        "when": pa.array(range(1000), pa.timestamp("ms")),
+        "place": pa.array([{"x": i, "y": [i]} for i in range(1000)]),
+    }
+    path, out = tmp_path / "data.parquet", tmp_path / "out"
+    pq.write_table(pa.table({**dict(zip(table.schema.names, table.columns)), **kept}), path, row_group_size=300)
+    assert main(command(made, path, out, "--keep", ",".join(kept))) == 0
+    found = written(out)
+    for name, values in kept.items():
+        assert found[name].type == values.type and found[name].to_pylist() == values.to_pylist(), name
 
 
 def test_what_cannot_be_scored_is_refused_before_anything_is_written(made, tmp_path, capsys):
