@@ -262,7 +262,9 @@ def predict(a: argparse.Namespace) -> None:
 
     def on_ray(job: batch.Job, parts: Sequence[batch.Part]) -> Generator[tuple[batch.Part, batch.Outcome], None, None]:
         from distmtl.cluster.predict import score_on_ray
+        from distmtl.cluster.trainer import refuse_fleeting
 
+        refuse_fleeting(a.out, "--out")
         return score_on_ray(job, parts, a.workers, say)
 
     quieten()

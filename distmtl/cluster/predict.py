@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayError
 
 from distmtl.cluster.places import nodes, worker_resources
 from distmtl.cluster.supervision import last_line
-from distmtl.cluster.trainer import refuse_fleeting, session
+from distmtl.cluster.trainer import session
 from distmtl.config import ClusterConfig, Workers
 from distmtl.errors import DistmtlError
 from distmtl.serving.batch import Job, Outcome, Part, Say, Scorer
@@ -29,7 +29,6 @@ def score_on_ray(job: Job, parts: Sequence[Part], workers: int, say: Say = print
     """
     if not parts:
         return
-    refuse_fleeting(job.out, "--out")
     cluster = ClusterConfig(workers=Workers(min=1, max=workers), device="cpu")
     with session(cluster):
         worker = worker_resources(cluster, use_gpu=False)

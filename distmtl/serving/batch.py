@@ -192,6 +192,9 @@ def predict(job: Job, score: Score, say: Say = print) -> dict[str, Any]:
             if now - said > SAY_EVERY_S or done == total:
                 said, speed = now, (done - before) / (now - began)
                 say(f"[{done:,}/{total:,}] {rejected:,} rejected  {speed:,.0f} rows/s  ETA {duration((total - done) / speed)}")
+    there = sizes(folder)
+    if missing := [part.name for part in job.parts if part.name not in there]:
+        raise DistmtlError(f"{len(missing)} parts are not in {folder}, though workers wrote them; give an --out that every node sees")
     if not is_remote(folder):
         for left in (*folder.glob("*.partial"), *folder.glob(f"{REJECTED}/*.partial")):  # of processes that were killed
             left.unlink(missing_ok=True)
@@ -267,10 +270,12 @@ class Scorer:
                     rows = part.row + offset + np.arange(table.num_rows)
                     rejected += ((int(rows[i]), reason) for i, reason in sorted(bad.items()))
                     good = _others(table.num_rows, bad)
-                    columns = [pa.array(rows[good]), *(_taken(table, good)[name] for name in job.keep)]
+                    columns = [pa.array(rows[good]), *_taken(table.select(job.keep), good).columns]
                     columns += [_column(predictions[name], kind) for name, kind in self.fields]
                     writer.write_table(pa.Table.from_arrays(columns, schema=schema))
                     offset += table.num_rows
+            if offset != part.rows:
+                raise DistmtlError(f"{path} has changed while it was scored; begin again in another folder")
             if rejected:  # first: the part's own file says that the part is whole
                 with new_file(folder / REJECTED / part.name) as sink_of_rejected:
                     numbers, why = zip(*rejected, strict=True)

@@ -29,6 +29,7 @@ from distmtl.data.dataset import open_dataset
 from distmtl.data.rows import batch_of
 from distmtl.distributed.process import process_group
 from distmtl.distributed.sharding import shard
+from distmtl.errors import DistmtlError
 from distmtl.model.multitask import MultiTaskModel
 from distmtl.run_directory import find_checkpoint
 from distmtl.serving import batch
@@ -184,7 +185,8 @@ def test_a_row_without_a_finite_prediction_goes_aside_too(made, tmp_path, small)
         scorer.predictor = lambda table: {t: np.where(np.arange(len(p)) == 5, np.nan, p.T).T for t, p in of(table).items()}
         yield parts[1], scorer(parts[1])
 
-    predict(replace(job, max_rejected=1), score, say=lambda text: None)
+    with pytest.raises(DistmtlError, match=r"5 parts are not in .*/out, though workers wrote them"):  # which would be lost in silence
+        predict(replace(job, max_rejected=1), score, say=lambda text: None)
     aside = rejected(tmp_path / "out")
     assert list(aside) == [620 + 5, 620 + 128 + 5, 620 + 256 + 5]
     assert aside[625]["reason"] == "task 'click': the model predicts nan at row 625"
