@@ -24,9 +24,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from distmtl.config_file import parse_config
@@ -73,15 +70,14 @@ def funnel(seed: int, rows: int, folder: Path) -> Iterator[tuple[str, Figures]]:
 def domains(seed: int, rows: int, folder: Path) -> Iterator[tuple[str, Figures]]:
     world = World(seed, domains=DOMAINS)
     write_log(folder / "log", world, rows=rows)
-    test = pq.read_table(folder / "log" / "test")
-    slices = {f"domain {d}": test.filter(pc.equal(test["domain"], d)) for d in range(DOMAINS)}
     shared: Figures = {}
     for name, model in {
         "shared bottom": BOTTOM,
         "STAR": {"kind": "star", "domain": "domain", "bottom": [128, 64]},
         "PEPNet": PEPNET,
     }.items():
-        figures = in_slices(run(world, folder / "log", folder, model=model)[0], slices, folder)
+        of = sliced(run(world, folder / "log", folder, model=model)[0], "domain=")["slices"]["domain"]
+        figures = {f"domain {d}": of[str(d)]["auc"] for d in range(DOMAINS)}
         shared = shared or figures
         yield name, {f"{k} {what}": v for k in figures for what, v in (("AUC", figures[k]), ("gain", figures[k] - shared[k]))}
 
@@ -89,11 +85,6 @@ def domains(seed: int, rows: int, folder: Path) -> Iterator[tuple[str, Figures]]
 def cold(seed: int, rows: int, folder: Path) -> Iterator[tuple[str, Figures]]:
     world = World(seed, users=200_000, items=50_000, domains=DOMAINS)
     write_log(folder / "log", world, rows=rows)
-    test, seen = pq.read_table(folder / "log" / "test"), pq.read_table(folder / "log" / "train", columns=["user_id", "item_id"])
-    slices = {"all": test}
-    for column in ("user_id", "item_id"):
-        counts = np.bincount(seen[column].to_numpy(), minlength=200_000)[test[column].to_numpy()]
-        slices[f"rare {column.removesuffix('_id')}"] = test.filter((counts > 0) & (counts < RARE))
     plain: Figures = {}
     features = world.config()["features"]
     dropped = [f | ({"out_of_range": "oov", "id_dropout": 0.2} if f["name"] in ("user_id", "item_id") else {}) for f in features]
@@ -103,7 +94,9 @@ def cold(seed: int, rows: int, folder: Path) -> Iterator[tuple[str, Figures]]:
         "PEPNet": {"model": PEPNET},
         "PEPNet, id dropout": {"model": PEPNET, "features": dropped},
     }.items():
-        figures = in_slices(run(world, folder / "log", folder, **sections)[0], slices, folder)
+        of = sliced(run(world, folder / "log", folder, **sections)[0], f"user_id:1,{RARE}", f"item_id:1,{RARE}")
+        rare = {f"rare {name}": of["slices"][f"{name}_id"][f"1-{RARE - 1}"]["auc"] for name in ("user", "item")}
+        figures = {"all": of["auc"], **rare}
         plain = plain or figures
         yield name, {f"{k} {what}": v for k in figures for what, v in (("AUC", figures[k]), ("gain", figures[k] - plain[k]))}
 
@@ -125,13 +118,9 @@ STUDIES: dict[str, tuple[Study, int]] = {  # and the rows of its log
 }
 
 
-def in_slices(where: str, slices: dict[str, Any], folder: Path) -> Figures:
-    """Click AUC of a run's best checkpoint on parts of the test split."""
-    out = {}
-    for name, rows in slices.items():
-        pq.write_table(rows, folder / "slice.parquet")
-        out[name] = evaluate(where, data=str(folder / "slice.parquet"))["data"]["click"]["auc"]
-    return out
+def sliced(where: str, *slices: str) -> dict[str, Any]:
+    """The click's metrics of a run's best checkpoint on the test split, and on slices of it."""
+    return evaluate(where, slices=slices)["test"]["click"]
 
 
 def summary(runs: list[Figures]) -> dict[str, dict[str, float]]:

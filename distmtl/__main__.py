@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -104,11 +105,25 @@ def parser() -> argparse.ArgumentParser:
         "evaluate",
         evaluate,
         "Per-task metrics of a checkpoint or of a run's best one.",
-        "distmtl evaluate runs/synthetic --data data/synthetic/test",
+        "distmtl evaluate runs/synthetic --data data/synthetic/test --slices user_id,item_id:1,10",
     )
     p.add_argument("path", metavar="RUN_OR_CHECKPOINT")
     p.add_argument("--data", metavar="PATH", help="Parquet to evaluate on (default: the config's test split)")
+    p.add_argument(
+        "--slices", default="", metavar="FEATURE[,…]",
+        help="metrics also by how often training saw a row's id of a feature (item_id: 0, 1-4, 5-49, 50+ times; item_id:1,10 with other "
+        "edges), or by its value (domain=)",
+    )  # fmt: skip
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the metrics as JSON")
+
+    p = command(
+        "export", export, "Turn a checkpoint into one directory that predict and serve need nothing else for.",
+        "distmtl export runs/synthetic --out exports/synthetic --quantize int8",
+    )  # fmt: skip
+    p.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--quantize", choices=["int8", "fp16"], help="keep rows of tables smaller, and print what that costs (default: fp32)")
+    p.add_argument("--verify", action="store_true", help="score a sample of the config's data by the checkpoint too; differences fail")
 
     p = command(
         "predict", predict, "Score Parquet with an export, in the same order; bad rows go aside with a reason. The same command continues.",
@@ -239,7 +254,7 @@ def evaluate(a: argparse.Namespace) -> None:
     if a.out and not a.out.absolute().parent.is_dir():
         raise DistmtlError(f"--out {a.out}: its folder does not exist")
     found = find_checkpoint(a.path)
-    metrics = run(str(found.path), a.data)
+    metrics = run(str(found.path), a.data, slices=re.split(r",(?=[^\d])", a.slices) if a.slices else ())
     if _first_rank():
         print(f"checkpoint {found.path} (step {found.step})")
         for task, calibration in saved_calibrations(found).items():
@@ -249,6 +264,26 @@ def evaluate(a: argparse.Namespace) -> None:
         if a.out:
             a.out.write_text(json.dumps(metrics, indent=1) + "\n")
         print(json.dumps(metrics))
+
+
+def export(a: argparse.Namespace) -> None:
+    from distmtl.distributed.process import quieten
+    from distmtl.exporting.writer import export as run
+    from distmtl.serving.comparison import compare, costs, refuse_apart
+
+    quieten()
+    manifest = run(a.path, a.out, a.quantize or "fp32")
+    size = sum(size for size, _ in manifest.files.values())
+    print(f"export {a.out}: step {manifest.step:,} of {manifest.checkpoint}, {size / 2**20:,.1f} MiB, digest {manifest.digest}")
+    if a.quantize or a.verify:
+        comparisons = compare(a.path, a.out)
+        for c in comparisons:
+            print(c.text())
+        if not a.quantize:
+            refuse_apart(comparisons)
+    for line in costs(a.path, a.out) if a.quantize else ():
+        print(line)
+    print(f"next: distmtl serve {a.out}")
 
 
 def predict(a: argparse.Namespace) -> None:

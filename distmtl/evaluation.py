@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from distmtl.config import BinaryTask, CalibrationConfig, Config, FakeNegativeWe
 from distmtl.data.check import check_dataset
 from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset, open_dataset
-from distmtl.data.reader import Reader
+from distmtl.data.reader import every_row
 from distmtl.distributed.process import Process, gather_arrays, gather_texts, on_first_rank, process_group
 from distmtl.distributed.sharding import shard
 from distmtl.errors import DistmtlError
@@ -29,18 +29,23 @@ from distmtl.model.multitask import MultiTaskModel
 from distmtl.model.normalisation import unseen_domain
 from distmtl.run_directory import checkpoint_config, find_checkpoint, saved_calibrations
 from distmtl.scores import Scores
+from distmtl.slices import Slices, make_slices
 
 
-def evaluate(path: str, data: str | None = None, split: str | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+def evaluate(
+    path: str, data: str | None = None, split: str | None = None, slices: Sequence[str] = ()
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Per-task metrics of a checkpoint, or of a run's best one, calibrated where the run fitted that: split → task → metric → value.
 
     Args:
         path: a run's or a checkpoint's folder.
         data: Parquet path to evaluate on, named "data" in the result; default: the config's own `split`.
         split: `test` or `validation`; default: test where the config has one.
+        slices: of what rows the metrics are wanted too (slices.py): "user_id", "item_id:1,10", "domain=". A task's `slices` in the
+            result: feature → slice → metric → value, of the slices in which a row has its label.
 
     Raises:
-        DistmtlError: no complete checkpoint there, or data that does not fit its config.
+        DistmtlError: no complete checkpoint there, or data or slices that do not fit its config.
     """
     found = find_checkpoint(path)
     config = checkpoint_config(found)
@@ -50,12 +55,13 @@ def evaluate(path: str, data: str | None = None, split: str | None = None) -> di
         raise DistmtlError(f"the config of {path} names no data.{name}; say which data to evaluate with --data")
     with process_group(config) as process:
         dataset = on_first_rank(process, lambda: _checked(where, config, None if data else name))
+        sliced = make_slices(slices, dataset, config, process)
         model = MultiTaskModel(config, process.device)
         sharded, _ = shard(nn.ModuleDict({"model": model}), config, process)
         checkpoint.load_weights(found, sharded)
         calibrations = on_first_rank(process, lambda: saved_calibrations(found))
         fitted = {task: Calibration.from_dict(c).to(process.device) for task, c in calibrations.items()}
-        return {name: evaluate_split(model, dataset, config, process, fitted)[1]}
+        return {name: evaluate_split(model, dataset, config, process, fitted, sliced)[1]}
 
 
 def _checked(path: str, config: Config, split: str | None) -> Dataset:
@@ -65,7 +71,12 @@ def _checked(path: str, config: Config, split: str | None) -> Dataset:
 
 
 def evaluate_split(
-    model: nn.Module, dataset: Dataset, config: Config, process: Process, calibrations: Mapping[str, Calibration] | None = None
+    model: nn.Module,
+    dataset: Dataset,
+    config: Config,
+    process: Process,
+    calibrations: Mapping[str, Calibration] | None = None,
+    slices: Sequence[Slices] = (),
 ) -> tuple[float, dict[str, dict[str, Any]]]:
     """The joint loss and every task's metrics, these after the `calibrations`; all ranks call it and get the same. Changes nothing
     in the model.
@@ -78,15 +89,21 @@ def evaluate_split(
     """
     collate = Collator(config, oracle=dataset.columns, locate=dataset.locate)
     terms, scores = Terms(as_measured(config)), Scores(config, collate.oracles, calibrations)
-    metrics = Accumulator(
-        scores.columns, total_rows=dataset.rows, exact_rows=config.evaluation.exact_rows, grouped=config.data.group is not None
+    accumulator = partial(
+        Accumulator, scores.columns, total_rows=dataset.rows, exact_rows=config.evaluation.exact_rows, grouped=config.data.group is not None
     )
+    metrics, of_slices = accumulator(), [[accumulator() for _ in s.names] for s in slices]
     sums = torch.zeros(2, len(terms.names), dtype=torch.float64)
 
     def see(outputs: Tensor, batch: Batch) -> None:
         errors, weights = terms(of_all_negatives(config, outputs), batch)
         sums.add_(torch.stack([(errors * weights).sum(0), weights.sum(0)]).double().cpu())
-        metrics.update(scores(outputs, batch), batch.groups)
+        scored = scores(outputs, batch)
+        metrics.update(scored, batch.groups)
+        for of_names, places in zip(of_slices, (s(batch) for s in slices), strict=True):
+            for i, of_slice in enumerate(of_names):
+                if (rows := places == i).any():
+                    of_slice.update(scored[rows], None if batch.groups is None else batch.groups[rows])
 
     _run(model, dataset, collate, config, process, see)
     if process.world_size > 1:
@@ -94,7 +111,12 @@ def evaluate_split(
         dist.all_reduce(sums)
     means = (sums[0] / sums[1].clamp(min=1e-30)).cpu()
     loss = float((means * torch.tensor(terms.coefficients)).sum())
-    return loss, metrics.compute()
+    out: dict[str, dict[str, Any]] = dict(metrics.compute())
+    for s, of_names in zip(slices, of_slices, strict=True):
+        found = [(name, of_slice.compute()) for name, of_slice in zip(s.names, of_names, strict=True)]
+        for task, values in out.items():
+            values.setdefault("slices", {})[s.feature] = {name: of[task] for name, of in found if any(of[task].values())}
+    return loss, out
 
 
 def as_measured(config: Config) -> Config:
@@ -149,18 +171,7 @@ def _run(
     Raises:
         DistmtlError: a row that cannot be read, on whatever rank.
     """
-    streams = config.data.num_streams
-    reader = Reader(
-        dataset,
-        collate,
-        global_batch_size=max(config.evaluation.batch_size // streams, 1) * streams,
-        num_streams=streams,
-        window=config.data.shuffle_window,
-        seed=None,
-        rank=process.rank,
-        world_size=process.world_size,
-        prefetch=config.data.prefetch,
-    )
+    reader = every_row(dataset, collate, config, process.rank, process.world_size)
     error = None
     was_training = model.training
     model.eval()

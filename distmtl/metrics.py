@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -349,14 +350,18 @@ COLUMNS = {  # metric: (header, format)
 }  # fmt: skip
 
 
-def format_metrics(metrics: Mapping[str, Metrics]) -> str:
-    """split → task → metric → value as an aligned table, a row for each split and task; '-' where there is no value."""
-    lines = [(split, task, values) for split, tasks in metrics.items() for task, values in tasks.items()]
-    shown = [m for m in COLUMNS if any(m in values for _, _, values in lines)]
-    table = [["split", "task", *(COLUMNS[m][0] for m in shown)]]
-    for split, task, values in lines:
-        table.append([split, task, *("-" if (v := values.get(m)) is None else format(v, COLUMNS[m][1]) for m in shown)])
+def format_metrics(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """split → task → metric → value as an aligned table, a row for each split, task and slice; '-' where there is no value."""
+    lines: list[tuple[tuple[str, ...], Mapping[str, Any]]] = []
+    for split, task, values in ((split, task, values) for split, tasks in metrics.items() for task, values in tasks.items()):
+        lines.append(((split, task, ""), values))
+        lines += [((split, task, f"{f} {name}"), of) for f, found in values.get("slices", {}).items() for name, of in found.items()]
+    named = 3 if any(names[2] for names, _ in lines) else 2
+    shown = [m for m in COLUMNS if any(m in values for _, values in lines)]
+    table = [[*("split", "task", "slice")[:named], *(COLUMNS[m][0] for m in shown)]]
+    for names, values in lines:
+        table.append([*names[:named], *("-" if (v := values.get(m)) is None else format(v, COLUMNS[m][1]) for m in shown)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in table
+        "  ".join(c.ljust(w) if i < named else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in table
     )

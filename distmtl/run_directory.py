@@ -177,6 +177,8 @@ def changes(config: Config, found: Checkpoint, train_set: Dataset) -> Changes:
                 tables[feature.table_name] = f"is read by {feature.name!r}, whose boundaries are others now"
         elif before and _extra_rows_moved(feature, before[0]):
             tables[feature.table_name] = f"is read by {feature.name!r}, whose rows of oov or missing ids lie elsewhere now"
+        elif before and getattr(before[0], "hashes", 1) != feature.hashes:
+            tables[feature.table_name] = f"is read by {feature.name!r}, whose ids read {feature.hashes} rows each now"
         elif before and feature.rows not in [f.rows for f in before]:
             hashed = feature.out_of_range == "hash" and any(getattr(f, "out_of_range", "") == "hash" for f in before)
             if hashed or _is_string(feature.source, train_set):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -40,6 +41,9 @@ class Scored:
     weights: Tensor
     oracle: Tensor  # true probabilities, NaN where there are none
 
+    def __getitem__(self, rows: Any) -> Scored:
+        return Scored(self.scores[rows], self.labels[rows], self.weights[rows], self.oracle[rows])
+
 
 class Predictions:
     """What is served of every task (kinds.prediction), binary logits calibrated where that was fitted.
@@ -59,6 +63,15 @@ class Predictions:
             t = self.config.task(name)
             out[t] = calibration(out[t], slices_of(ids, calibration.slices) if calibration.slices else None)
         return out
+
+
+def served(task: TaskConfig, predicted: Tensor) -> np.ndarray:
+    """Of what is predicted, what users get: float32 probabilities of logits and log-probabilities, values as they are."""
+    if isinstance(task, BinaryTask):
+        predicted = predicted.sigmoid()
+    elif isinstance(task, MulticlassTask):
+        predicted = predicted.exp()
+    return predicted.float().cpu().numpy()
 
 
 class Scores:

@@ -1,4 +1,4 @@
-"""The parity gate: train the same few steps in several ways and compare. Run it on your own config before a big run.
+"""The parity gate: train the same few steps in several ways and compare; export, and compare. Run it on your own config before a big run.
 
 Everything is computed on this machine's CPU by forked ranks, on the first rows of the config's own training data, dropout off.
 """
@@ -27,6 +27,7 @@ from distmtl.distributed.process import process_group, quieten
 from distmtl.distributed.ranks import run_ranks
 from distmtl.distributed.sharding import local_shards
 from distmtl.evaluation import evaluate
+from distmtl.exporting.writer import export
 from distmtl.loop import Training, open_splits, train
 from distmtl.model.embeddings import DenseColumns
 from distmtl.model.experts import Experts
@@ -38,6 +39,7 @@ from distmtl.model.sequences import SequencePooling
 from distmtl.model.weighting import weighting
 from distmtl.optim import dense_optimizer
 from distmtl.progress import Progress
+from distmtl.serving.comparison import compare
 from distmtl.storage import place
 
 STEPS = 6
@@ -46,6 +48,7 @@ MAX_BATCH = 2048
 LOSS_TOLERANCE = 1e-5
 WEIGHTING_TOLERANCE = 1e-4
 METRIC_TOLERANCE = 1e-6
+EXPORT_TOLERANCE = 1e-5
 State = dict[str, Tensor]
 
 
@@ -159,6 +162,14 @@ def _checks(config: Config, workers: int, folder: Path) -> Iterator[Check]:
         pairs = [(a, again["validation"][t].get(m)) for t, values in result["metrics"]["validation"].items() for m, a in values.items()]
         apart = [math.inf if a is None or b is None else abs(a - b) for a, b in pairs if (a, b) != (None, None)]
         yield Check("train's metrics = evaluate's", "metrics of the checkpoint", max(apart), METRIC_TOLERANCE)
+    off = run_ranks(_exported, 1, whole, str(folder / "export"))[0]
+    yield Check("checkpoint = export", "predictions of the training code and of Predictor", off, EXPORT_TOLERANCE)
+
+
+def _exported(config: Config, folder: str) -> float:
+    """The largest difference of a prediction."""
+    export(config.run_dir, folder, say=lambda text: None)
+    return max(c.difference for c in compare(config.run_dir, folder, rows=MAX_BATCH))
 
 
 def allowed_types(config: Config, workers: int) -> list[str]:

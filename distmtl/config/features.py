@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from distmtl.config.base import Name, Strict, Unit, Widths
 
@@ -64,6 +64,11 @@ class Embedded(Strict):
         return ()
 
     @property
+    def lookups(self) -> int:
+        """Rows of the table that a row of the data reads: of a sequence the most there can be, of a bag nobody knows."""
+        return 1
+
+    @property
     def table_rows(self) -> int:
         """Rows of the table, the extra ones included."""
         return self.rows + len(self.extra_rows)  # type: ignore[attr-defined]  # a field or a property of every kind
@@ -84,6 +89,11 @@ class Ids(Embedded):
         description="Ids outside the table: refuse, hash into it, use its last row, or one extra row of all such ids. "
         "Strings are always hashed into the `rows`.",
     )
+    hashes: PositiveInt = Field(
+        1,
+        description="Rows that an id reads. Above 1, with out_of_range: hash, every id, whatever it is, is hashed as often, each time by "
+        "another hash, so that few share all their rows.",
+    )
     id_dropout: Unit = Field(
         0.0, description="Share of the ids that training reads from the oov row, so that ids never seen find it trained (cold start)."
     )
@@ -92,14 +102,35 @@ class Ids(Embedded):
     def extra_rows(self) -> tuple[str, ...]:
         return ("oov",) if self.out_of_range == "oov" else ()
 
+    @property
+    def lookups(self) -> int:
+        return self.hashes
+
     def row_of(self, extra: str) -> int:
         """Where the table holds an extra row."""
         return self.rows + self.extra_rows.index(extra)
+
+    @field_validator("out_of_range", mode="before")
+    @classmethod
+    def _not_managed(cls, value: Any) -> Any:
+        if value == "managed":
+            raise ValueError(
+                "managed collision (TorchRec's MCH: ids get rows as they come, the rarest lose theirs) is not built: a row's optimizer "
+                "state cannot be reset on CPU, and which id has which row would hang on the number of workers; use hash with hashes: 2, "
+                "or oov"
+            )
+        return value
 
     @model_validator(mode="after")
     def _drops_to_a_row(self):
         if self.id_dropout and self.out_of_range != "oov":
             raise ValueError(f"feature {self.name!r}: id_dropout replaces ids by the oov row; set out_of_range: oov")
+        return self
+
+    @model_validator(mode="after")
+    def _hashes_all(self):
+        if self.hashes > 1 and self.out_of_range != "hash":
+            raise ValueError(f"feature {self.name!r}: with hashes {self.hashes} every id is hashed; set out_of_range: hash")
         return self
 
 
@@ -130,6 +161,10 @@ class SequenceFeature(Ids):
     pooling: Literal["sum", "mean", "attention", "target"] = "mean"
     target: Name | None = Field(None, description="Id feature of the same dim that pooling target compares with; one id in every row.")
     attention: Widths = Field((32,), description="Hidden widths of the MLP of pooling target.")
+
+    @property
+    def lookups(self) -> int:
+        return self.max_length * self.hashes
 
     @model_validator(mode="after")
     def _compared(self):

@@ -188,6 +188,11 @@ def _clashes(config: Config) -> list[str]:
                 f"table {f.table_name!r}: feature {f.name!r} wants {' and '.join(f.extra_rows) or 'no'} rows on top, {first.name!r} "
                 f"{' and '.join(first.extra_rows) or 'none'}; give both the same out_of_range and missing, or different tables"
             )
+        elif (one := getattr(first, "hashes", 1)) != (other := getattr(f, "hashes", 1)):
+            out.append(
+                f"table {f.table_name!r}: an id of feature {f.name!r} reads {other} rows, of {first.name!r} {one}; give both the same "
+                "hashes, or different tables"
+            )
     out += [f"table {n!r}: TorchRec cannot have a table of this name; choose another" for n in sorted(RESERVED & tables.keys())]
     for t in config.tables:
         if t not in tables:
@@ -314,6 +319,8 @@ def _named_by_head(config: Config) -> list[str]:
             out.append(f"model.domain {model.domain!r} is no id feature{did_you_mean(model.domain, features)}")
         elif len(config.features) == 1:
             out.append(f"model star: its main network leaves the domain {model.domain!r} out, and there is no other feature; add some")
+        elif feature.hashes > 1:
+            out.append(f"model.domain {model.domain!r}: a domain is one row of its table, not {feature.hashes}; leave its hashes out")
     if isinstance(model, STEMConfig) and config.interaction:
         out.append("interaction: model stem has embeddings per task, which no interaction crosses; leave it out or choose another model")
     if isinstance(model, PEPNetConfig):
@@ -341,13 +348,15 @@ def _interaction(config: Config) -> list[str]:
 
 def _calibrated(config: Config) -> list[str]:
     """What calibrations need and the config lacks."""
-    out, sliced = [], {f.name for f in config.embedded if not isinstance(f, SequenceFeature)}
+    out, sliced = [], {f.name: getattr(f, "hashes", 1) for f in config.embedded if not isinstance(f, SequenceFeature)}
     for task, calibration in config.calibrations.items():
         if not config.data.validation:
             out.append(f"task {task!r}: calibration is fitted on the validation split; set data.validation")
         if calibration.slices and calibration.slices not in sliced:
             hint = did_you_mean(calibration.slices, sliced)
             out.append(f"task {task!r}: calibration.slices {calibration.slices!r} is no id or bucket feature{hint}")
+        elif calibration.slices and sliced[calibration.slices] > 1:
+            out.append(f"task {task!r}: calibration.slices {calibration.slices!r} has hashes, so that no row of its table is one value's")
     return out
 
 

@@ -27,7 +27,7 @@ from distmtl.config import (
     VectorFeature,
     WatchTimeTask,
 )
-from distmtl.data.hashing import hash_strings, into_table
+from distmtl.data.hashing import hash_strings, into_rows, into_table
 from distmtl.data.id_dropout import kept_ids
 from distmtl.data.rows import Bag, Rows
 from distmtl.errors import DistmtlError
@@ -147,12 +147,13 @@ class Collator:
             ids, lengths = _with_missing(ids, lengths, feature)
         if lengths is None or feature.name not in self.one_each:
             return ids, lengths, outside
-        if (lengths != 1).any():
-            i = _first(lengths != 1)
+        given = -(-lengths // feature.lookups)  # the missing row is a single one
+        if (given != 1).any():
+            i = _first(given != 1)
             raise DistmtlError(
-                f"feature {feature.name!r}: {lengths[i]} values at {at(i)}; {self.one_each[feature.name]}: every row has exactly one"
+                f"feature {feature.name!r}: {given[i]} values at {at(i)}; {self.one_each[feature.name]}: every row has exactly one"
             )
-        return ids, None, outside
+        return ids, lengths if (lengths > 1).any() else None, outside
 
     def _after_their_parents(self, labels: np.ndarray, weights: np.ndarray, at: Callable[[int], str]) -> np.ndarray:
         """Leave out labels of tasks that could not happen because one before them did not. (n,) how many of these say they did.
@@ -317,11 +318,17 @@ def _embedded(
         array = array.drop_null()
     if is_string(array.type):
         try:
-            return into_table(hash_strings(array), feature.rows), lengths, None
+            ids = hash_strings(array)
         except UnicodeDecodeError as e:
             raise DistmtlError(f"feature {feature.name!r}: {e.object!r:.80} is not UTF-8 text, in the rows from {at(0)} on") from None
-    whole = array if array.type == pa.int64() else array.cast(pa.int64(), safe=False)  # a uint64 beyond int64 becomes negative
-    ids = whole.to_numpy(zero_copy_only=False)
+    else:
+        whole = array if array.type == pa.int64() else array.cast(pa.int64(), safe=False)  # a uint64 beyond int64 becomes negative
+        ids = whole.to_numpy(zero_copy_only=False)
+    if feature.hashes > 1:
+        lengths = feature.hashes * (np.ones(n, dtype=np.int32) if lengths is None else lengths)
+        return into_rows(ids, feature.rows, feature.hashes).reshape(-1), lengths, None
+    if is_string(array.type):
+        return into_table(ids, feature.rows), lengths, None
     if not len(ids) or ids.view(np.uint64).max() < feature.rows:  # a negative one is huge as unsigned
         return ids, lengths, None
     outside = (ids < 0) | (ids >= feature.rows)

@@ -25,6 +25,15 @@ def hash_strings(strings: pa.Array) -> np.ndarray:
     return codes.view(np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
 
 
+def into_rows(ids: np.ndarray, rows: int, hashes: int) -> np.ndarray:
+    """(N, hashes) of 0 … rows-1: every id hashed as often, the first time as by into_table."""
+    out = np.empty((len(ids), hashes), dtype=np.int64)
+    for column in out.T:
+        ids = mix(ids)
+        column[:] = ids % np.uint64(rows)
+    return out
+
+
 def into_table(ids: np.ndarray, rows: int) -> np.ndarray:
     """Hash int64 ids into 0 … rows-1."""
     return (mix(ids) % np.uint64(rows)).astype(np.int64)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distmtl.batch import Batch
+from distmtl.config import Config
 from distmtl.data.collate import ROW, Collator, alike
 from distmtl.data.dataset import Dataset
 from distmtl.data.order import EpochOrder, steps_per_epoch, streams_of
@@ -98,6 +99,22 @@ class Reader:
         return max(
             int(rows[s.start : s.stop].sum()) for s in (streams_of(r, self.world_size, self.num_streams) for r in range(self.world_size))
         )
+
+
+def every_row(dataset: Dataset, collate: Collator, config: Config, rank: int, world_size: int) -> Reader:
+    """Reads every row once, in the order of the files, in batches of an evaluation."""
+    streams = config.data.num_streams
+    return Reader(
+        dataset,
+        collate,
+        global_batch_size=max(config.evaluation.batch_size // streams, 1) * streams,
+        num_streams=streams,
+        window=config.data.shuffle_window,
+        seed=None,
+        rank=rank,
+        world_size=world_size,
+        prefetch=config.data.prefetch,
+    )
 
 
 class Windows:

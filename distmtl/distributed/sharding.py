@@ -112,9 +112,9 @@ def table_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def constraints(config: Config, local_world_size: int, world_size: int) -> dict[str, ParameterConstraints]:
     """What the planner may do with every table; always explicit, since data_parallel would drop the table's optimizer."""
     out = {}
-    readers: dict[str, list[float]] = {}  # lookups per row of every feature: of a sequence the most there can be, of a bag nobody knows
+    readers: dict[str, list[float]] = {}  # lookups per row of every feature
     for feature in config.embedded:
-        readers.setdefault(feature.table_name, []).append(float(getattr(feature, "max_length", 1)))
+        readers.setdefault(feature.table_name, []).append(float(feature.lookups))
     for feature in config.embedded:
         name = feature.table_name
         own = config.tables[name].sharding if name in config.tables else None

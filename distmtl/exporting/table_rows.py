@@ -63,13 +63,22 @@ class StoredTable:
         for c in self.chunks:
             a, b = max(first, c.first_row), min(last, c.first_row + c.rows)
             if a < b:
-                with c.file.open("rb") as file:
-                    file.seek(c.start + (a - c.first_row) * c.columns * 4)
-                    values = np.frombuffer(file.read((b - a) * c.columns * 4), dtype=np.float32)
-                if values.size != (b - a) * c.columns:
-                    raise DistmtlError(f"checkpoint {self.found.path} is damaged: {c.file.name} ends within table {self.name}")
-                out[a - first : b - first, c.first_column : c.first_column + c.columns] = values.reshape(b - a, c.columns)
+                part = out[a - first : b - first]
+                values = part if c.columns == self.columns else np.empty((b - a, c.columns), dtype=np.float32)
+                self._read(c, a - c.first_row, values)
+                if values is not part:
+                    part[:, c.first_column : c.first_column + c.columns] = values
         return torch.from_numpy(out)
+
+    def _read(self, chunk: Chunk, row: int, out: np.ndarray) -> None:
+        """Rows from the `row`-th of the chunk on."""
+        left = memoryview(out.data).cast("B")
+        with chunk.file.open("rb") as file:
+            file.seek(chunk.start + row * chunk.columns * 4)
+            while len(left):
+                if not (n := file.readinto(left)):
+                    raise DistmtlError(f"checkpoint {self.found.path} is damaged: {chunk.file.name} ends within table {self.name}")
+                left = left[n:]
 
 
 def stored_tables(found: Checkpoint) -> dict[str, StoredTable]:

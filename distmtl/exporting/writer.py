@@ -79,6 +79,11 @@ def export_delta(path: str, since: str, base: Manifest, out: str, *, say: Say = 
         return _finish(folder, found, config, base.row_format, base=base.digest, sequence=base.sequence + 1)
 
 
+def source(found: Checkpoint) -> str:
+    """Run and checkpoint, as an export names them."""
+    return f"{found.path.parent.parent.name}/{found.path.name}"
+
+
 def _tables(found: Checkpoint, config: Config) -> dict[str, StoredTable]:
     """The tables that the config reads."""
     stored = stored_tables(found)
@@ -110,7 +115,7 @@ def _finish(folder: Path, found: Checkpoint, config: Config, row_format: RowForm
         base=base,
         sequence=sequence,
         name=config.name,
-        checkpoint=found.path.name,
+        checkpoint=source(found),
         step=found.step,
         rows_trained=found.manifest["loop"]["rows"],
         row_format=row_format,

@@ -203,8 +203,14 @@ class _WithDots(torch.autograd.Function):
         return of_x, None, None
 
 
-@lru_cache
 def _pairs(features: int, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():  # what torch.export makes there is no tensor that could be used again
+        return torch.triu_indices(features, features, offset=1, device=device)
+    return _kept_pairs(features, device)
+
+
+@lru_cache
+def _kept_pairs(features: int, device: torch.device) -> Tensor:
     return torch.triu_indices(features, features, offset=1, device=device)
 
 

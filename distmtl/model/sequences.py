@@ -28,6 +28,7 @@ class SequencePooling(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.copies = config.copies
+        self.hashes = {f.name: f.hashes for f in config.sequences}
         self.weighed = {f.name: f.target for f in config.sequences if f.pooling in ("attention", "target")}
         self.units = nn.ModuleDict({_key(f.name): _unit(f) for f in config.sequences if f.name in self.weighed})
 
@@ -35,7 +36,9 @@ class SequencePooling(nn.Module):
         jagged = {name: ids for collection in collections for name, ids in collection.items()}
         pooled = {name: segment_sum(ids.values(), ids.lengths()) for name, ids in jagged.items() if name not in self.weighed}
         for name, target in self.weighed.items():
-            x, lengths = self._by_copy(jagged[name].values()), jagged[name].lengths()
+            x, lengths, hashes = self._by_copy(jagged[name].values()), jagged[name].lengths(), self.hashes[name]
+            if hashes > 1:  # an id's embedding is the sum of its rows
+                x, lengths = x.view(-1, hashes, *x.shape[1:]).sum(1), lengths // hashes
             others = [self._by_copy(pooled[target])] if target else []
             pooled[name] = self.units[_key(name)](x, lengths, *others).flatten(1)
         return pooled

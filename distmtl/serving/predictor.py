@@ -12,14 +12,14 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distmtl.calibration import Calibration
-from distmtl.config import BinaryTask, MulticlassTask, TaskConfig
+from distmtl.config import MulticlassTask
 from distmtl.data.collate import ROW, Collator
 from distmtl.data.rows import batch_of
 from distmtl.data.schema import arrow_type
 from distmtl.errors import DistmtlError
 from distmtl.exporting import manifest, program
 from distmtl.exporting.manifest import MODEL, Manifest
-from distmtl.scores import Predictions
+from distmtl.scores import Predictions, served
 from distmtl.serving.lookup import Lookup
 
 
@@ -89,7 +89,7 @@ class Predictor:
         with torch.inference_mode():
             outputs = self._outputs(batch.sparse, batch.dense, batch.domain)
             predicted = self.predictions(outputs, batch.sparse, batch.extras)
-            return {t.name: _served(t, p) for t, p in zip(self.config.tasks, predicted, strict=True)}
+            return {t.name: served(t, p) for t, p in zip(self.config.tasks, predicted, strict=True)}
 
     def _outputs(self, ids: KeyedJaggedTensor, dense: Tensor, domain: Tensor | None) -> Tensor:
         """(B, O). The program takes no fewer rows and ids than program.LEAST: what is missing is made up, and left out again."""
@@ -103,11 +103,3 @@ class Predictor:
             lengths = torch.cat([lengths, lengths.new_ones(len(lengths), made_up)], dim=1)
             domain = None if domain is None else torch.cat([domain, domain.new_zeros(made_up)])
         return self.program(pooled, lists, lengths, dense, domain)[:n]
-
-
-def _served(task: TaskConfig, predicted: Tensor) -> np.ndarray:
-    if isinstance(task, BinaryTask):
-        predicted = predicted.sigmoid()
-    elif isinstance(task, MulticlassTask):
-        predicted = predicted.exp()
-    return predicted.float().numpy()

@@ -1,0 +1,86 @@
+"""A folder of exports in the order of their publication, which serving follows: full ones, and deltas between them.
+
+    000000-full/  000001-delta/  000002-delta/  000003-full/  …
+
+Each appears whole, by its manifest's `sequence`. The newest full export and the deltas after it are the model of now.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from distmtl.errors import DistmtlError
+from distmtl.exporting.manifest import MANIFEST, Manifest, RowFormat, read
+from distmtl.exporting.writer import Say, export, export_delta, source
+from distmtl.run_directory import find_checkpoint
+
+NAME = re.compile(r"(\d{6,})-(full|delta)")
+FULLS_KEPT = 2  # and the deltas after them: a server that is late finds what it still needs
+
+
+@dataclass(frozen=True)
+class Published:
+    """The newest full export of a folder, the deltas after it, and what these make of it."""
+
+    full: Path
+    deltas: tuple[Path, ...]
+    newest: Manifest
+
+
+def published(folder: Path) -> Published | None:
+    """What a folder of exports holds now; None if it holds none.
+
+    Raises:
+        DistmtlError: an export in it is damaged, or a delta does not change the one before it.
+    """
+    found = _in_order(folder)
+    fulls = [i for i, path in enumerate(found) if path.name.endswith("-full")]
+    if not fulls:
+        return None
+    full, *deltas = found[fulls[-1] :]
+    newest = read(full)
+    for path in deltas:
+        delta = read(path)
+        if delta.base != newest.digest:
+            raise DistmtlError(f"delta {path} changes export {delta.base}, but before it is {newest.digest}; publish a full export")
+        newest = delta
+    return Published(full, tuple(deltas), newest)
+
+
+def publish(
+    checkpoint: str, before: str | None, folder: Path, *, full_every: int, row_format: RowFormat = "fp32", say: Say = print
+) -> Manifest:
+    """Publish a checkpoint: full, or, fewer than `full_every` publishes after a full one, what changed since the checkpoint `before`.
+    Does nothing when it is what was published last. Older exports that nothing follows from are deleted.
+
+    Args:
+        before: the checkpoint that was published last; None where it is gone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    last, found = published(folder), find_checkpoint(checkpoint)
+    if last and last.newest.checkpoint == source(found):
+        return last.newest
+    number = last.newest.sequence + 1 if last else 0
+    known = before and last and last.newest.checkpoint == source(find_checkpoint(before)) and last.newest.row_format == row_format
+    if last and before and known and len(last.deltas) + 1 < full_every:
+        manifest = export_delta(checkpoint, before, last.newest, str(folder / f"{number:06d}-delta"), say=say)
+    else:
+        manifest = export(checkpoint, str(folder / f"{number:06d}-full"), row_format, sequence=number, say=say)
+        _retain(folder)
+    return manifest
+
+
+def _in_order(folder: Path) -> list[Path]:
+    """Complete exports by their number."""
+    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name) and (p / MANIFEST).exists()] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.split("-")[0]))
+
+
+def _retain(folder: Path) -> None:
+    found = _in_order(folder)
+    fulls = [i for i, path in enumerate(found) if path.name.endswith("-full")]
+    for path in found[: fulls[-FULLS_KEPT]] if len(fulls) > FULLS_KEPT else []:
+        shutil.rmtree(path, ignore_errors=True)

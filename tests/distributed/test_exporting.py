@@ -1,0 +1,248 @@
+"""What is exported predicts what the checkpoint does: every head, kind of task and feature; deltas; damage is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import test_every_kind
+import test_head_contract
+import test_sequence_tables
+import tiny
+import torch
+from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
+from worlds import train_world
+
+from distmtl import Predictor, export
+from distmtl.config import Config
+from distmtl.config_file import parse_config
+from distmtl.errors import DistmtlError
+from distmtl.exporting import program
+from distmtl.exporting.manifest import MANIFEST, MODEL
+from distmtl.exporting.publishing import publish, published
+from distmtl.exporting.row_formats import pack, unpack
+from distmtl.exporting.table_rows import stored_tables
+from distmtl.run_directory import find_checkpoint
+from distmtl.serving.comparison import checkpoint_predictions, compare, refuse_apart
+
+quiet = lambda text: None  # noqa: E731
+
+
+def trained(config: Config, steps: int = 3, workers: int = 1) -> Config:
+    limits = {"steps": steps, "epochs": 1, "eval_every": steps, "save_every": steps}
+    config = config.model_copy(update={"train": config.train.model_copy(update=limits)})
+    train_world(config, workers)
+    return config
+
+
+def apart(config: Config, out: Path) -> float:
+    """The largest difference of a prediction."""
+    export(config.run_dir, str(out), say=quiet)
+    found = compare(config.run_dir, str(out), rows=300)
+    refuse_apart(found)
+    assert [c.task for c in found] == [t.name for t in config.tasks]
+    return max(c.difference for c in found)
+
+
+@pytest.mark.parametrize("head", test_head_contract.HEADS)
+def test_every_head(tiny_data, tmp_path, head):
+    assert apart(trained(test_head_contract.config_for(head, tiny_data, tmp_path / "run")), tmp_path / "out") <= 1e-5
+
+
+SHARDED = [("row_wise", "sgd", 2), ("column_wise", "adagrad", 2), ("table_wise", "sgd", 1)]
+
+
+@pytest.mark.parametrize(("sharding", "optimizer", "workers"), SHARDED)
+def test_sequences_and_every_way_to_shard(tiny_data, tmp_path, sharding, optimizer, workers):
+    config = test_sequence_tables.config_for(tiny_data, tmp_path / "run", sharding=sharding, optimizer=optimizer)
+    assert apart(trained(config, workers=workers), tmp_path / "out") <= 1e-5
+
+
+@pytest.mark.parametrize("interaction", [{"kind": "dot"}, {"kind": "cross", "layers": 2}])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_interactions_and_precisions(tiny_data, tmp_path, interaction, precision):
+    raw = tiny.raw(tiny_data, tmp_path / "run", interaction=interaction)
+    raw["features"] = [{**f, **({"dim": 8} if "dim" in f else {})} for f in raw["features"]]
+    raw["features"][-1]["project"] = 2
+    raw["train"]["precision"] = precision
+    assert apart(trained(parse_config(raw)), tmp_path / "out") <= 1e-5
+
+
+def test_every_kind_of_task_calibrated_by_slices(tmp_path):
+    """Each predicts what `prediction` says; the click is calibrated by domain."""
+    for split, rows in (("train", 1501), ("validation", 700)):
+        (tmp_path / split).mkdir()
+        pq.write_table(test_every_kind.table(rows, len(split)), tmp_path / split / "a.parquet")
+    tasks = [{"tower": [8], **task} for task, _ in test_every_kind.TASKS]
+    tasks[0]["calibration"] = {"kind": "platt", "slices": "domain", "min_rows": 50}
+    raw = tiny.raw(tmp_path, tmp_path / "run", model={"kind": "esmm"}, tasks=tasks)
+    raw["features"].append({"kind": "id", "name": "domain", "rows": 3, "dim": 4})
+    config = trained(parse_config(raw))
+    assert apart(config, tmp_path / "out") <= 1e-5
+    predictor = Predictor(tmp_path / "out")
+    assert list(predictor.manifest.calibrations) == ["click"] and "length" in predictor.schema.names
+    got = predictor(pq.read_table(tmp_path / "validation").slice(0, 50))
+    assert got["genre"].shape == (50, 4) and got["genre"].sum(1) == pytest.approx(np.ones(50), abs=1e-5)
+    assert (got["click"] >= 0).all() and (got["click"] <= 1).all() and got["spent"].min() >= 0
+
+
+@pytest.fixture(scope="module")
+def run(tiny_data, tmp_path_factory) -> Config:
+    """Six steps, with a checkpoint after three."""
+    config = tiny.config(tiny_data, tmp_path_factory.mktemp("run"), train={"steps": 6, "save_every": 3, "eval_every": 3, "keep": 9})
+    train_world(config, 1)
+    return config
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "model"
+    export(run.run_dir, str(out), say=quiet)
+    return out
+
+
+def rows_of(config: Config, n: int = 64):
+    return pq.read_table(config.data.validation).slice(0, n)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 64])
+def test_any_number_of_rows(run, exported, n):
+    table = rows_of(run, 128)
+    few, all_ = Predictor(exported)(table.slice(5, n)), Predictor(exported)(table)
+    for task, values in few.items():
+        assert values.shape == (n,) and np.abs(values - all_[task][5 : 5 + n]).max(initial=0) <= 1e-6
+
+
+def test_rows_without_any_id(tiny_data, tmp_path):
+    """Lists that are all empty, one row: less than a program has ever seen."""
+    config = trained(test_sequence_tables.config_for(tiny_data, tmp_path / "run"))
+    export(config.run_dir, str(tmp_path / "out"), say=quiet)
+    table = rows_of(config, 200)
+    lengths = np.array([len(tags) for tags in table["tags"].to_pylist()])
+    empty, first = table.take(np.flatnonzero(lengths == 0)[:1]), table.slice(0, 1)
+    predictor = Predictor(tmp_path / "out")
+    for some in (empty, first):
+        expected, got = checkpoint_predictions(config.run_dir, some), predictor(some)
+        assert all(np.abs(expected[t] - got[t]).max() <= 1e-6 for t in expected)
+
+
+def test_quantised_rows(tiny_data, tmp_path):
+    """int8 lies within half a step of the row's range, and ranks as well; fp16 within its rounding."""
+    rows = torch.randn(100, 16)
+    step = (rows.amax(1) - rows.amin(1)) / 255
+    assert ((unpack(pack(rows, "int8")) - rows).abs() <= 0.5 * step[:, None] + 5e-3).all()  # 5e-3: scale and bias are float16
+    assert (unpack(pack(rows, "fp16")) - rows).abs().max() <= 2e-3
+    config = tiny.config(tiny_data, tmp_path / "run", train={"epochs": 3})
+    train_world(config, 1)
+    table = pq.read_table(config.data.validation)
+    known, scores = table["click"].to_numpy(), {}
+    for row_format in ("fp32", "fp16", "int8"):
+        export(config.run_dir, str(tmp_path / row_format), row_format, say=quiet)
+        scores[row_format] = Predictor(tmp_path / row_format)(table)["click"]
+    auc = {name: roc_auc_score(known, s) for name, s in scores.items()}
+    assert abs(auc["int8"] - auc["fp32"]) <= 1e-3 and abs(auc["fp16"] - auc["fp32"]) <= 1e-3
+    assert 0 < np.abs(scores["fp16"] - scores["fp32"]).max() < np.abs(scores["int8"] - scores["fp32"]).max() < 0.02
+    size = {name: sum(f.stat().st_size for f in (tmp_path / name).glob("tables/*/*")) for name in scores}
+    assert size["int8"] < size["fp16"] < size["fp32"]
+
+
+def test_tables_are_read_in_blocks_of_any_size(run, monkeypatch):
+    """What torch itself loads, from a file that holds many tensors."""
+    found = find_checkpoint(run.run_dir)
+    name = "tables/model.embeddings.embedding_bags.user.weight"
+    expected = {name: torch.zeros(200, 8)}
+    torch.distributed.checkpoint.load(expected, checkpoint_id=found.path)
+    table = stored_tables(found)["user"]
+    for rows in (1, 7, 200, 1000):
+        monkeypatch.setattr("distmtl.exporting.table_rows.BLOCK_BYTES", 4 * 8 * rows)
+        table.__dict__.pop("block_rows", None)
+        assert torch.equal(torch.cat([b for _, b in table.blocks()]), expected[name])
+
+
+def test_deltas_make_the_newer_export_of_the_older(run, tmp_path):
+    """The bytes are the same as a full export's, only changed rows are in it; retention keeps what serving needs."""
+    old, new = (str(p) for p in sorted((Path(run.run_dir) / "checkpoints").iterdir()))
+    folder = tmp_path / "published"
+    first = publish(old, None, folder, full_every=3, say=quiet)
+    second = publish(new, old, folder, full_every=3, say=quiet)
+    assert publish(new, old, folder, full_every=3, say=quiet) == second  # a restart publishes nothing twice
+    found = published(folder)
+    assert found is not None and found.newest == second and second.base == first.digest and (first.sequence, second.sequence) == (0, 1)
+    export(new, str(tmp_path / "new"), say=quiet)
+    updated, whole = Predictor(found.full), Predictor(tmp_path / "new")
+    for delta in found.deltas:
+        updated.apply(delta)
+    for table, weights in whole.lookup.weights.items():
+        assert torch.equal(updated.lookup.weights[table], weights), table
+    a, b = updated(rows_of(run)), whole(rows_of(run))
+    assert all(np.array_equal(a[task], b[task]) for task in a)
+    changed = load_file(found.deltas[0] / "tables/user/changed.safetensors")
+    assert 0 < len(changed["rows"]) < 200  # six steps of 128 rows do not touch every user
+    with pytest.raises(DistmtlError, match="is a delta"):
+        Predictor(found.deltas[0])
+    with pytest.raises(DistmtlError, match="apply those between first"):
+        whole.apply(found.deltas[0])
+    publish(old, new, folder, full_every=3, say=quiet)
+    publish(new, old, folder, full_every=3, say=quiet)
+    assert [p.name for p in sorted(folder.iterdir())] == ["000000-full", "000001-delta", "000002-delta", "000003-full"]
+    for before, after in ((new, old), (old, new), (new, old)):
+        publish(after, before, folder, full_every=1, say=quiet)
+    assert [p.name for p in sorted(folder.iterdir())] == ["000005-full", "000006-full"]
+
+
+def damaged(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+def test_damage_is_named(exported, tmp_path):
+    copy = damaged(exported, tmp_path)
+    table = next(copy.glob("tables/user/*"))
+    content = table.read_bytes()
+    table.write_bytes(content[:-8] + bytes([255 - b for b in content[-8:]]))
+    with pytest.raises(DistmtlError, match=r"damaged: tables/user/000000000.safetensors has other bytes"):
+        Predictor(copy)
+    table.write_bytes(content[:-1])
+    with pytest.raises(DistmtlError, match=r"is missing or cut short"):
+        Predictor(copy)
+    table.write_bytes(content)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    for change, words in (({"format": 99}, "format 99"), ({"hash_version": 0}, "hashes strings"), ({"columns": 3}, "damaged")):
+        (copy / MANIFEST).write_text(json.dumps(manifest | change))
+        with pytest.raises(DistmtlError, match=words):
+            Predictor(copy)
+    (copy / MANIFEST).unlink()
+    with pytest.raises(DistmtlError, match="is no export"):
+        Predictor(copy)
+
+
+def test_no_pickle_is_loaded(exported, tmp_path):
+    """Whatever an archive claims: torch would unpickle it."""
+    names = zipfile.ZipFile(exported / MODEL).namelist()
+    config = next(n for n in names if n.endswith("model_weights_config.json"))
+    payload = json.loads(zipfile.ZipFile(exported / MODEL).read(config))
+    first = next(iter(payload["config"]))
+    payload["config"][first]["use_pickle"] = True
+    sample = next(n for n in names if "/sample_inputs/" in n)
+    for planted in ({config: json.dumps(payload).encode()}, {sample: b"cos\nsystem\n(S'true'\ntR."}):
+        spoilt = io.BytesIO()
+        with zipfile.ZipFile(exported / MODEL) as old, zipfile.ZipFile(spoilt, "w") as new:
+            for name in names:
+                new.writestr(name, planted.get(name, old.read(name)))
+        with pytest.raises(DistmtlError, match="never loaded"):
+            program.load(spoilt, "the program")
+
+
+def test_where_it_goes_must_be_empty(run, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(DistmtlError, match="is not empty"):
+        export(run.run_dir, str(tmp_path), say=quiet)
+    with pytest.raises(DistmtlError, match="no such folder"):
+        export(str(tmp_path / "nothing"), str(tmp_path / "out"), say=quiet)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
