@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--quantize", choices=["int8", "fp16"], help="keep rows of tables smaller, and print what that costs (default: fp32)")
     p.add_argument("--verify", action="store_true", help="score a sample of the config's data by the checkpoint too; differences fail")
+
+    p = command(
+        "predict", predict, "Score Parquet with an export, in the same order; bad rows go aside with a reason. The same command continues.",
+        "distmtl predict exports/synthetic --data data/synthetic/test --out predictions",
+    )  # fmt: skip
+    p.add_argument("export", metavar="EXPORT")
+    p.add_argument("--data", required=True, metavar="PATH", help="a file, a folder or a glob, local or remote")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--workers", type=at_least_one, default=1, metavar="N", help="Ray workers; 1: this process alone (default: %(default)s)")
+    p.add_argument("--keep", type=lambda text: text.split(","), default=[], metavar="COLUMN[,…]", help="columns of the data to keep")
+    p.add_argument(
+        "--max-rejected", type=share, default=0.01, metavar="SHARE", help="it stops where more rows cannot be scored (default: %(default)s)"
+    )  # fmt: skip
 
     p = command(
         "health", health, "Show how the tasks of a run get on with each other: λ, gradients, calibration, gates. Also while it runs.",
@@ -273,6 +286,28 @@ def export(a: argparse.Namespace) -> None:
     print(f"next: distmtl serve {a.out}")
 
 
+def predict(a: argparse.Namespace) -> None:
+    import signal
+
+    from distmtl.distributed.process import quieten
+    from distmtl.serving import batch
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    def on_ray(job: batch.Job, parts: Sequence[batch.Part]) -> Generator[tuple[batch.Part, batch.Outcome], None, None]:
+        from distmtl.cluster.predict import score_on_ray
+        from distmtl.cluster.trainer import refuse_fleeting
+
+        refuse_fleeting(a.out, "--out")
+        return score_on_ray(job, parts, a.workers, say)
+
+    quieten()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers too; whole parts stay
+    job = batch.open_job(a.export, a.data, a.out, a.keep, a.max_rejected)
+    print(json.dumps(batch.predict(job, on_ray if a.workers > 1 else batch.in_this_process, say)))
+
+
 def health(a: argparse.Namespace) -> None:
     from dataclasses import asdict
 
@@ -305,6 +340,22 @@ def workers(text: str) -> str:
     if len(numbers) > 2 or not all(n.isdecimal() for n in numbers):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor MIN-MAX, such as 2-8")
     return numbers[0] if len(numbers) == 1 else f"{{min: {numbers[0]}, max: {numbers[1]}}}"
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+    return number
 
 
 def world_sizes(text: str) -> list[int]:

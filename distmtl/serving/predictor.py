@@ -87,11 +87,22 @@ class Predictor:
         if not n:
             return {t.name: np.zeros((0, t.classes) if isinstance(t, MulticlassTask) else 0, np.float32) for t in self.config.tasks}
         rows = self.collate(table.append_column(ROW, pa.array(np.arange(n))))
+        self._refuse_unseen(rows.domain)
         batch = batch_of([(rows, 0, n)], self.collate.keys, n)
         with torch.inference_mode():
             outputs = self._outputs(batch.sparse, batch.dense, batch.domain)
             predicted = self.predictions(outputs, batch.sparse, batch.extras)
             return {t.name: served(t, p) for t, p in zip(self.config.tasks, predicted, strict=True)}
+
+    def _refuse_unseen(self, domains: np.ndarray | None) -> None:
+        if domains is None or self.manifest.domains is None:
+            return
+        if (unseen := ~np.isin(domains, self.manifest.domains)).any():
+            row = int(np.flatnonzero(unseen)[0])
+            raise DistmtlError(
+                f"domain {domains[row]} of row {row} was never seen in training; leave such rows out, or train on rows of that "
+                f"{self.config.domain}"
+            )
 
     def _outputs(self, ids: KeyedJaggedTensor, dense: Tensor, domain: Tensor | None) -> Tensor:
         """(B, O). The program takes no fewer rows and ids than program.LEAST: what is missing is made up, and left out again."""

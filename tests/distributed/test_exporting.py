@@ -56,6 +56,17 @@ def test_every_head(tiny_data, tmp_path, head):
     assert apart(trained(test_head_contract.config_for(head, tiny_data, tmp_path / "run")), tmp_path / "out") <= 1e-5
 
 
+def test_a_domain_that_was_never_trained_on(tiny_data, tmp_path):
+    raw = test_head_contract.config_for("star", tiny_data, tmp_path / "run").model_dump(mode="json")
+    next(f for f in raw["features"] if f["name"] == "domain")["rows"] = 4
+    config = trained(parse_config(raw))
+    export(config.run_dir, str(tmp_path / "out"), say=quiet)
+    predictor, table = Predictor(tmp_path / "out"), rows_of(config, 3)
+    assert predictor.manifest.domains == [0, 1, 2]
+    with pytest.raises(DistmtlError, match="domain 3 of row 1 was never seen in training"):
+        predictor(table.set_column(table.schema.names.index("domain"), "domain", [[0, 3, 1]]))
+
+
 SHARDED = [("row_wise", "sgd", 2), ("column_wise", "adagrad", 2), ("table_wise", "sgd", 1)]
 
 
