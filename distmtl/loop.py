@@ -28,7 +28,7 @@ from distmtl.data.reader import Reader
 from distmtl.data.schema import kinds_of, served_columns
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
-from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard
+from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard, step_counters
 from distmtl.errors import DistmtlError
 from distmtl.evaluation import calibrate, evaluate_split
 from distmtl.health import Health
@@ -133,9 +133,11 @@ class Training:
             dense_parameters(self.model, self.planned),
             self.total_steps,
             trained=lambda: self.train_model.loss.trained,
+            counters=step_counters(self.model),
         )
         self.pipeline = make_pipeline(self.model, self.optimizers, process.device)
         self.restarts = 0
+        self.queued: Queued | None = None  # the newest step, not looked at yet
         self.asked: Request | None = None  # what the run was last asked to do
         self.look_at = 0  # step at which to look for such a request
         self.meter = Meter(len(self.train_model.loss.terms.names), process.device)
@@ -207,7 +209,10 @@ class Training:
                 seed_dropout(self.config.run.seed, state.step, self.process.rank)
                 numbers: StepNumbers = self.pipeline.progress(batches)
                 assert numbers.step == state.step, f"trained batch {numbers.step} at step {state.step}"
-                self._refuse_bad(numbers)
+                self._refuse_bad()
+                self.queued = Queued(numbers)
+                if self.process.device.type == "cpu":
+                    self._refuse_bad()
                 self.meter.add(numbers)
                 self.health.add(numbers)
                 self._count()
@@ -304,27 +309,30 @@ class Training:
 
     # ------------------------------------------------------------------------------------------------ parts of a step
 
-    def _refuse_bad(self, numbers: StepNumbers) -> None:
-        """All ranks see the same numbers, so all of them raise, or none.
+    def _refuse_bad(self) -> None:
+        """Look at the newest step, if that was not done. All ranks see the same numbers, so all of them raise, or none. On CUDA it is done
+        when the step after it is queued, lest the device wait for the host, or before anything is told or saved.
 
         Raises:
             DistmtlError: a reader failed, or a loss is not finite and may not be skipped.
         """
-        if bool(numbers.trained):
+        queued, self.queued = self.queued, None
+        if queued is None or queued.trained():
             return
+        numbers = queued.numbers
         if numbers.failed > 0:
             raise DistmtlError("\n".join(gather_texts(self.process, numbers.error)))
         tasks = [name for name, n in zip(self.train_model.loss.terms.names, numbers.non_finite.tolist(), strict=True) if n]
         rows = numbers.bad_rows[numbers.bad_rows >= 0][:3].tolist()
         places = gather_texts(self.process, "; ".join(self.splits["train"].locate(r) for r in rows) or None)
         where = f"is not finite, at {'; '.join(places[:3])}" if places else "is finite, but not its gradient where the tasks share"
-        what = f"step {self.state.step}: the loss of {', '.join(tasks)} {where}"
+        what = f"step {numbers.step}: the loss of {', '.join(tasks)} {where}"
         policy, self.state.skipped = self.config.train.non_finite, self.state.skipped + 1
         if policy.policy == "raise":
             raise DistmtlError(f"{what}. Lower the learning rate, look at these rows, or set train.non_finite.policy=skip")
         if self.state.skipped > policy.limit:
             raise DistmtlError(f"{what}. That is skipped step {self.state.skipped}, more than train.non_finite.limit={policy.limit}")
-        self.progress.say("note", step=self.state.step, text=f"{what}; this step's update is left out ({self.state.skipped} so far)")
+        self.progress.say("note", step=numbers.step, text=f"{what}; this step's update is left out ({self.state.skipped} so far)")
 
     def _count(self) -> None:
         rows = self.reader.rows_of_step(self.state.step)
@@ -334,6 +342,7 @@ class Training:
         self.state.seconds += self.meter.tick()
 
     def _log(self) -> None:
+        self._refuse_bad()
         state, meter = self.state, self.meter
         terms = self.train_model.loss.terms
         losses = dict(zip(terms.names, meter.mean_losses(), strict=True))
@@ -363,6 +372,7 @@ class Training:
     def _evaluate(self) -> DistmtlError | None:
         """Measure the validation split; remember the best and count how long it has stood. Returns why it could not, on all
         ranks alike: what was trained is saved before that is raised."""
+        self._refuse_bad()
         state, monitor = self.state, self.config.train.monitor
         try:
             with self.meter.paused():
@@ -438,6 +448,7 @@ class Training:
 
     def _save(self) -> None:
         """Begin a checkpoint; training goes on as soon as its state is copied."""
+        self._refuse_bad()
         with self.meter.paused():
             self.saver.save(
                 {
@@ -490,6 +501,21 @@ class Training:
             *("  " + line for line in plan_text(self.planned, process.world_size).splitlines()),
         ]
         return "\n".join(lines)
+
+
+class Queued:
+    """A step that the device may still be at, and whether it was trained, on its way to the host."""
+
+    def __init__(self, numbers: StepNumbers):
+        self.numbers, self.flag = numbers, numbers.trained.to("cpu", non_blocking=True)
+        self.copied = torch.cuda.Event() if numbers.trained.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+    def trained(self) -> bool:
+        if self.copied:
+            self.copied.synchronize()
+        return bool(self.flag)
 
 
 def make_pipeline(model: DistributedModelParallel, optimizers: Optimizers, device: torch.device) -> Any:
