@@ -10,13 +10,14 @@ run survives (docs/fault-tolerance.md), a followed one survives.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from distmtl.stopping import Request, ask, asked, forget
 from distmtl.storage import absolute, place, remove_tree, write_whole
 
 SEAL = "_SUCCESS"  # in a partition that is complete, as Spark and Hadoop write it
+IN_CHAIN = re.compile(r"\d{6,}-(.+)")  # a folder in RUN/partitions
 FORM = re.compile(r"[^/=,]+=[^/,]+(/[^/=,]+=[^/,]+)*")  # of a partition's name
 POLL_S = 1.0
 CHECKPOINTS_OF = 2  # newest partitions that keep their checkpoints
@@ -82,7 +84,7 @@ class Line:
     samples_per_second: float | None
     metrics: dict[str, Any]  # task → metric → value, of the model before it was trained on these rows; empty for the first
     checkpoint: str | None  # its last one, None once that is deleted
-    began: float  # Unix time
+    began: float  # Unix time; 0 where its log could not be written
     data: str  # digest of its files when it was trained
     changed: bool = field(default=False)  # its files are others now
 
@@ -132,6 +134,7 @@ def follow(
                         f"partition {partition.name}: {e}\nWhat was trained before it is kept: once this is mended, or the partition's "
                         f"{SEAL} is taken away to leave it out, the same command goes on"
                     ) from e
+            gc.collect()  # tables and process groups of its run, which hang in circles of references
             on_first_rank(process, lambda: follower.settle(partition, result))  # noqa: B023  # called at once
         else:
             return on_first_rank(process, lambda: follower.result(stopped=choice == "stop"))  # noqa: B023
@@ -166,7 +169,8 @@ class Follower:
             raise DistmtlError(f"run.dir {self.run} is not empty and not a run (no config.yaml); choose another run.dir or empty it")
         if {"checkpoints", "metrics.jsonl"} & set(entries):
             raise DistmtlError(f"run.dir {self.run} holds a run that does not follow anything; choose another run.dir")
-        chain = sorted(p.name for p in (self.run / PARTITIONS).iterdir()) if PARTITIONS in entries else []
+        folders = (self.run / PARTITIONS).iterdir() if PARTITIONS in entries else ()
+        chain = sorted(p.name for p in folders if IN_CHAIN.fullmatch(p.name))
         if chain and self.resume == "never":
             raise DistmtlError(
                 f"run.dir {self.run} already holds a followed run; choose another run.dir, or continue it with --resume auto"
@@ -211,7 +215,8 @@ class Follower:
 
     def add(self, partition: Partition, result: dict[str, Any]) -> None:
         folder = self.run / partition.folder
-        with (folder / "metrics.jsonl").open(encoding="utf-8") as log:
+        began = 0.0
+        with suppress(FileNotFoundError, ValueError), (folder / "metrics.jsonl").open(encoding="utf-8") as log:
             began = json.loads(log.readline())["time"]
         found, _ = checkpoint.newest(folder / "checkpoints")
         kept = {key: result[key] for key in ("rows", "steps", "skipped", "restarts", "seconds", "samples_per_second")}

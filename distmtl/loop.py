@@ -98,7 +98,9 @@ def train(
                 with suppress(DistmtlError, RuntimeError):  # the first error is the one to tell
                     run.saver.wait()
                 raise
-            return run.finish()
+            result = run.finish()
+            run.saver.close()
+            return result
         finally:
             progress.close()
 

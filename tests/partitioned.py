@@ -15,14 +15,15 @@ from distmtl.config import Config
 from distmtl.following import Follower, Partition, Until
 
 ROWS = 1000  # of a partition
+APART = 100_000  # first rows of two partitions, by their numbers
 
 
 def write(source: Path, index: int, name: str | None = None, sealed: bool = True, rows: int = ROWS) -> Path:
-    """Partition day=INDEX, with rows numbered from INDEX · ROWS."""
+    """Partition day=INDEX, with rows numbered from INDEX · APART."""
     folder = source / (name or f"day={index}")
     folder.mkdir(parents=True)
     table = tiny.table(rows, seed=100 + index)
-    numbers = pa.array([index * ROWS + i for i in range(rows)])
+    numbers = pa.array([index * APART + i for i in range(rows)])
     pq.write_table(table.set_column(0, "row", numbers), folder / "part-0.parquet", row_group_size=300)
     if sealed:
         (folder / "_SUCCESS").touch()
@@ -43,6 +44,13 @@ def config_of(config: Config, source: Path, index: int, name: str) -> Config:
     return Follower(config, str(source), Until(), "auto", print, None).config_of(Partition(index, name, None, False))
 
 
+def assert_every_row_once(run: Path, log: Path, rows: int) -> None:
+    """In every partition of a followed run."""
+    for folder, trained in rows_trained(run, log).items():
+        first = int(folder.rpartition("=")[2]) * APART
+        assert sorted(trained) == list(range(first, first + rows)), folder
+
+
 def index_of(config: Config) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(config.run_dir) / "follow.jsonl").read_text().splitlines()]
 
@@ -58,7 +66,7 @@ def rows_trained(run: Path, log: Path) -> dict[str, list[int]]:
             made = defaultdict(list)
             for pid in (w.rsplit(" ", 1)[1] for w in start["workers"]):
                 lines = [json.loads(line) for line in (log / pid).read_text().splitlines()] if (log / pid).exists() else []
-                own = [rows for rows in lines if rows and rows[0] // ROWS == index]
+                own = [rows for rows in lines if rows and rows[0] // APART == index]
                 for k, rows in enumerate(own):
                     made[start["step"] + k] += rows
             steps |= made

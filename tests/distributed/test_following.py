@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -19,7 +20,7 @@ import recording
 import tiny
 import torch
 import yaml
-from partitioned import ROWS, config_of, index_of, rows_trained
+from partitioned import ROWS, assert_every_row_once, config_of, index_of
 from states import state_of
 from worlds import records, run_world, saved_state, train_world
 
@@ -54,7 +55,9 @@ def on_ranks(config, source, until, options):
             notes.append(record["text"])
 
     with process_group(config) as process:
-        return follow(config, str(source), loop.train, until, **{"report": hear, "process": process, **options}), notes
+        result = follow(config, str(source), loop.train, until, **{"report": hear, "process": process, **options})
+        assert not [o for o in gc.get_objects() if type(o) is loop.Training], "the tables of a partition's run stay in memory"
+        return result, notes
 
 
 def measured(path, data):
@@ -147,9 +150,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(tmp_path):
     _, undisturbed = recorded(source, tmp_path / "undisturbed", tmp_path / "others")
     here(undisturbed, source)
     assert_equal(*(saved_state(config_of(c, source, days - 1, f"day={days - 1}"), STEPS) for c in (config, undisturbed)))
-    for folder, rows in rows_trained(tmp_path / "run", log).items():
-        first = int(folder[-1]) * ROWS
-        assert sorted(rows) == list(range(first, first + ROWS)), folder
+    assert_every_row_once(tmp_path / "run", log, ROWS)
     assert [{**x, **dict.fromkeys(OF_AN_ATTEMPT)} for x in index_of(config)] == [
         {**x, **dict.fromkeys(OF_AN_ATTEMPT)} for x in index_of(undisturbed)
     ]
