@@ -331,7 +331,15 @@ def test_another_config_is_refused_and_weights_may_begin_it(tmp_path):
     raw["optimizer"]["dense"] = {"kind": "adamw", "lr": 0.5}
     with pytest.raises(DistmtlError, match=r"partition day=1: .* was made with another config(.|\n)*optimizer.dense.lr"):
         here(parse_config(raw), source)
-    other = parse_config(partitioned.raw(source, tmp_path / "other"))
+    raw = partitioned.raw(source, tmp_path / "run")
+    raw["tasks"][0]["tower"] = [4]
+    result, notes = here(parse_config(raw), source, policy="matching")
+    assert result["rows"] == 2 * ROWS and any("towers.0" in n and "starts anew" in n for n in notes)
+    before, after = (saved_state(config_of(config, source, i, f"day={i}"), STEPS) for i in range(2))
+    key = "tables_optimizer/model.embeddings.embedding_bags.user.weight/user.momentum1"
+    assert (after[key] >= before[key]).all() and (after[key] > before[key]).any()  # Adagrad's sums went on
+
+    other = parse_config({**raw, "run": {"dir": str(tmp_path / "other")}})
     here(other, source, Until(partitions=1), resume=str(tmp_path / "run"))
     (start,) = records(config_of(other, source, 0, "day=0"), "start")
-    assert f"starting with the weights from {tmp_path}/run/partitions/000000-day=0" in start["text"]
+    assert f"starting with the weights from {tmp_path}/run/partitions/000001-day=1" in start["text"]
