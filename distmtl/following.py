@@ -397,7 +397,7 @@ class Follower:
 
 def in_order(name: str) -> tuple[list[int | str], str]:
     """What names sort by: their text, numbers in it by their value (hour=9 before hour=10)."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)], name
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))], name
 
 
 def refuse_ends(config: Config) -> None:
