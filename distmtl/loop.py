@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,16 @@ class LoopState:
     best_step: int | None = None
     best_value: float | None = None
     evaluations_without_best: int = 0
+    unseen: dict[str, dict[str, Any]] = field(default_factory=dict)  # metrics of the training set before its first step
 
 
 def train(
-    config: Config, resume: str = "auto", report: Report = print_record, checked: bool = False, policy: ResumePolicy = "strict"
+    config: Config,
+    resume: str = "auto",
+    report: Report = print_record,
+    checked: bool = False,
+    policy: ResumePolicy = "strict",
+    continue_from: str | None = None,
 ) -> dict[str, Any]:
     """Train in this process, or as one rank under torchrun or Ray. Returns result.json's object.
 
@@ -70,26 +76,32 @@ def train(
         report: called on rank 0 with every record of progress.
         checked: the data was checked by who calls, a moment ago; only its footers are read again.
         policy: `matching` takes over the part of a checkpoint that fits a changed model, and says what does not.
+        continue_from: the checkpoint of another run whose training goes on here on other data: all of its state but the position.
+            The model is measured on these data first (progressive validation: Blum, Kalai and Langford 1999).
 
     Raises:
         DistmtlError: what a retry cannot mend; on every rank.
     """
     with process_group(config) as process:
         splits = on_first_rank(process, lambda: open_splits(config, checked))
-        found, notes = on_first_rank(process, lambda: open_run(config, resume, splits["train"], policy))
+        found, notes = on_first_rank(process, lambda: open_run(config, resume, splits["train"], policy, continue_from))
         progress = Progress(place(config.run_dir), process.first, report)
         try:
             run = Training(config, process, splits, progress)
-            run.start(found, notes, policy)
+            run.start(found, notes, policy, goes_on=continue_from is not None)
             if complete := run.former_result():
                 return complete
+            if continue_from and run.state.step == 0:
+                run.measure_unseen()
             try:
                 run.train()
             except DistmtlError:  # all ranks raise it, so all can complete the checkpoint on its way
                 with suppress(DistmtlError, RuntimeError):  # the first error is the one to tell
                     run.saver.wait()
                 raise
-            return run.finish()
+            result = run.finish()
+            run.saver.close()
+            return result
         finally:
             progress.close()
 
@@ -144,15 +156,22 @@ class Training:
         self.health = Health(config, self.train_model.loss.terms, self.train_model.model.head.mixture, process.device)
         self.measured: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}  # metrics of the step just evaluated
 
-    def start(self, found: checkpoint.Checkpoint | None, notes: list[str], policy: ResumePolicy = "strict") -> None:
-        """Load the checkpoint, if there is one, and say what is about to happen."""
+    def start(self, found: checkpoint.Checkpoint | None, notes: list[str], policy: ResumePolicy = "strict", goes_on: bool = False) -> None:
+        """Load the checkpoint, if there is one, and say what is about to happen.
+
+        Args:
+            goes_on: another run's checkpoint is loaded with the state of its training, not as weights to start from.
+        """
         own = found is not None and is_own(found, self.config)
+        goes_on = goes_on or own
         changed = found is not None and policy == "matching" and not same_model(self.config, found)
         if found and changed:
-            optimizers = self.optimizers if own else None
+            optimizers = self.optimizers if goes_on else None
             notes = notes + checkpoint.load_matching(found, self.model, optimizers, changes(self.config, found, self.splits["train"]))
         elif found and own:
             found = self._load_newest(found, notes)
+        elif found and goes_on:
+            checkpoint.load(found, self.model, self.optimizers)
         elif found:
             checkpoint.load_weights(found, self.model)
         if found and own:
@@ -169,7 +188,7 @@ class Training:
             self.progress.say("note", step=self.state.step, text=note)
         workers = gather_texts(self.process, f"rank {self.process.rank}: {socket.gethostname()} pid {os.getpid()}")
         self.progress.say(
-            "start", step=self.state.step, text=self._introduction(found), world_size=self.process.world_size, workers=workers
+            "start", step=self.state.step, text=self._introduction(found, goes_on), world_size=self.process.world_size, workers=workers
         )
         self.saver = Saver(
             self.folder / "checkpoints",
@@ -261,6 +280,16 @@ class Training:
             return result
         return None
 
+    def measure_unseen(self) -> None:
+        """Measure the training set before it is trained. What cannot be measured yet, such as a new domain, is said, and trained."""
+        try:
+            loss, metrics = evaluate_split(self.train_model.model, self.splits["train"], self.config, self.process)
+        except DistmtlError as e:
+            self.progress.say("note", step=0, text=f"not measured before it is trained: {e}")
+            return
+        self.state.unseen = metrics
+        self.progress.say("evaluation", step=0, of=self.total_steps, split="unseen", loss=loss, metrics=metrics)
+
     def finish(self) -> dict[str, Any]:
         """Calibrate and evaluate the best checkpoint, write result.json. A stopped run ends without: there may be little time left."""
         state, process = self.state, self.process
@@ -269,7 +298,7 @@ class Training:
             best = on_first_rank(process, lambda: checkpoint.of_step(self.folder / "checkpoints", best_step))
             checkpoint.load(best, self.model, self.optimizers)
             self.progress.say("note", step=state.step, text=f"the best checkpoint, of step {state.best_step}, on all data:")
-        metrics = {}
+        metrics = {"unseen": state.unseen} if state.unseen else {}
         step = state.best_step or state.step
         calibrations = {} if self.stopped else self._calibrate(step)
         for split in SPLITS[1:]:
@@ -485,13 +514,14 @@ class Training:
             "dense": sum(p.numel() for p in self.optimizers.parameters.values()),
         }
 
-    def _introduction(self, found: checkpoint.Checkpoint | None) -> str:
+    def _introduction(self, found: checkpoint.Checkpoint | None, goes_on: bool) -> str:
         config, process = self.config, self.process
         sizes = "  ".join(f"{split} {data.rows:,}" for split, data in self.splits.items())
         parameters = self._parameters()
         begin = "starting afresh"
         if found:
-            begin = f"{'continuing' if is_own(found, config) else 'starting with the weights'} from {found.path} (step {found.step})"
+            how = "continuing" if is_own(found, config) else "going on" if goes_on else "starting with the weights"
+            begin = f"{how} from {found.path} (step {found.step})"
         lines = [
             f"{config.name}: {config.model.kind} on {process.world_size} worker(s), {process.device.type}, run directory {self.folder}",
             f"{begin}; rows: {sizes}; {self.total_steps} steps of {config.train.global_batch_size}",

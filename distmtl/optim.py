@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import proxy
 
 import torch
 import torch.distributed as dist
@@ -43,8 +44,9 @@ class Optimizers:
         self.missing = len(self.parameters)  # gradients of this step that are not there yet
         self.exchange: dist.Work | None = None  # their all-reduce
         if dist.is_initialized() and dist.get_world_size() > 1:
+            me = proxy(self)  # a circle of references through a hook would never be collected, and hold the tables
             for parameter in self.parameters.values():
-                parameter.register_post_accumulate_grad_hook(self._arrived)
+                parameter.register_post_accumulate_grad_hook(lambda p: me._arrived(p))
         self.base = [g["lr"] for g in self._groups()]
         self.set_step(0)
 

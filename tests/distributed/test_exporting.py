@@ -45,12 +45,12 @@ def _export(path: str, out: str, row_format: RowFormat) -> Manifest:
     return write_export(path, out, row_format, say=quiet)
 
 
-def publish(checkpoint: str, before: str | None, folder: Path, full_every: int) -> Manifest:
-    return run_world(_publish, 1, checkpoint, before, folder, full_every)[0]
+def publish(checkpoint: str, folder: Path, full_every: int) -> Manifest:
+    return run_world(_publish, 1, checkpoint, folder, full_every)[0]
 
 
-def _publish(checkpoint: str, before: str | None, folder: Path, full_every: int) -> Manifest:
-    return publishing.publish(checkpoint, before, folder, full_every=full_every, say=quiet)
+def _publish(checkpoint: str, folder: Path, full_every: int) -> Manifest:
+    return publishing.publish(checkpoint, folder, full_every=full_every, say=quiet)
 
 
 def _compare(path: str, out: str) -> list[Comparison]:
@@ -203,9 +203,9 @@ def test_deltas_make_the_newer_export_of_the_older(run, tmp_path):
     """The bytes are the same as a full export's, only changed rows are in it; retention keeps what serving needs."""
     old, new = (str(p) for p in sorted((Path(run.run_dir) / "checkpoints").iterdir()))
     folder = tmp_path / "published"
-    first = publish(old, None, folder, 3)
-    second = publish(new, old, folder, 3)
-    assert publish(new, old, folder, 3) == second  # a restart publishes nothing twice
+    first = publish(old, folder, 3)
+    second = publish(new, folder, 3)
+    assert publish(new, folder, 3) == second  # a restart publishes nothing twice
     found = published(folder)
     assert found is not None and found.newest == second and second.base == first.digest and (first.sequence, second.sequence) == (0, 1)
     export(new, tmp_path / "new")
@@ -222,11 +222,11 @@ def test_deltas_make_the_newer_export_of_the_older(run, tmp_path):
         Predictor(found.deltas[0])
     with pytest.raises(DistmtlError, match="apply those between first"):
         whole.apply(found.deltas[0])
-    publish(old, new, folder, 3)
-    publish(new, old, folder, 3)
+    publish(old, folder, 3)
+    publish(new, folder, 3)
     assert [p.name for p in sorted(folder.iterdir())] == ["000000-full", "000001-delta", "000002-delta", "000003-full"]
-    for before, after in ((new, old), (old, new), (new, old)):
-        publish(after, before, folder, 1)
+    for checkpoint in (old, new, old):
+        publish(checkpoint, folder, 1)
     assert [p.name for p in sorted(folder.iterdir())] == ["000005-full", "000006-full"]
 
 
