@@ -9,7 +9,7 @@ TORCHREC := torchrec==1.8.0
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow chaos bench bench-check bench-heads bench-quality bench-conflict bench-reproduce bench-sizes bench-weighting peers lint clean
+.PHONY: help install install-dev quickstart test test-slow chaos bench bench-check bench-heads bench-quality bench-conflict bench-drift bench-reproduce bench-sizes bench-weighting peers lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ bench-quality: install ## heads, features and losses where the truth is planted;
 
 bench-conflict: install ## every weighting against static weights where conflict is planted, and where not; about two hours
 	@$(BIN)/python -m benchmarks.conflict
+
+bench-drift: install ## a model that follows drifting data against a frozen one and daily new ones; about 4 minutes
+	@$(PIP_INSTALL) matplotlib
+	@$(BIN)/python -m benchmarks.drift
 
 bench-reproduce: install ## results of the MMoE, PLE, ESMM and ESCM² papers; 2 hours; raw files: CENSUS=DIR MOVIELENS=DIR
 	@$(BIN)/python -m benchmarks.reproduce.mmoe_synthetic

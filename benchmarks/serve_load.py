@@ -84,7 +84,7 @@ def run(path: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     checkpoints = [str(p) for p in sorted(found.path.parent.glob("step*"))][-2:]
     if len(checkpoints) < 2:
         sys.exit(f"{path} has not two checkpoints; train with train.save_every and train.keep")
-    publish(checkpoints[0], None, folder, full_every=FULL_EVERY, say=lambda text: None)
+    publish(checkpoints[0], folder, full_every=FULL_EVERY, say=lambda text: None)
     schema = Predictor(published(folder).full).schema  # type: ignore[union-attr]
     dataset = open_dataset(config.data.test or config.data.train)
     table = first_rows(dataset, schema.names, 40 * N).cast(schema)
@@ -102,7 +102,7 @@ def run(path: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 turn += 1
                 if publisher:
                     publisher.wait()
-                publisher = child(checkpoints[turn % 2], checkpoints[(turn - 1) % 2], str(folder))
+                publisher = child(checkpoints[turn % 2], str(folder))
                 published_now, next_publish = published_now + 1, next_publish + a.every
             time.sleep(1)
         seconds = time.monotonic() - began
@@ -131,9 +131,9 @@ def run(path: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def child(checkpoint: str, before: str, folder: str) -> subprocess.Popen[bytes]:
+def child(checkpoint: str, folder: str) -> subprocess.Popen[bytes]:
     """A process that publishes, as training would: torch.export holds the interpreter for seconds."""
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-m", "benchmarks.serve_load", "--publish", checkpoint, before, folder])
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-m", "benchmarks.serve_load", "--publish", checkpoint, folder])
 
 
 class Memory:
@@ -188,6 +188,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--publish"]:
-        publish(sys.argv[2], sys.argv[3], Path(sys.argv[4]), full_every=FULL_EVERY, say=lambda text: None)
+        publish(sys.argv[2], Path(sys.argv[3]), full_every=FULL_EVERY, say=lambda text: None)
     else:
         main()

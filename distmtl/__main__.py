@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ def parser() -> argparse.ArgumentParser:
         "--conflict", type=float, nargs="?", const=1.0, metavar="STRENGTH",
         help="three tasks that want opposed things of the same features, instead; 0 to 1 says how opposed (default: 1)",
     )  # fmt: skip
+    p.add_argument(
+        "--drift", type=float, nargs="?", const=1.0, metavar="STRENGTH",
+        help="sealed daily partitions whose truth changes from day to day, for --follow, instead; how fast (default: 1; 0: not at all)",
+    )  # fmt: skip
+    p.add_argument("--partitions", type=int, metavar="N", help="days of a --drift log (default: 14)")
     p.add_argument("--users", type=int, help="distinct users, up to 1e8 (default: 20000)")
     p.add_argument("--items", type=int, help="distinct items, up to 1e8 (default: 5000)")
     p.add_argument("--domains", type=int, help="domains that differ in their signal (default: 1)")
@@ -100,6 +105,20 @@ def parser() -> argparse.ArgumentParser:
         help="matching: where features, tables, tasks, the head or the weighting differ from the checkpoint's, load what still "
         "fits and say what does not",
     )  # fmt: skip
+    p.add_argument(
+        "--follow", metavar="DIR",
+        help="train the partitions below DIR (day=…/hour=…) once each, in name order, when a _SUCCESS file is in them, and wait for more",
+    )  # fmt: skip
+    end = p.add_mutually_exclusive_group()
+    end.add_argument("--partitions", type=int, metavar="N", help="with --follow: end when N partitions are trained in all (default: never)")
+    end.add_argument("--idle-timeout", type=float, metavar="S", help="with --follow: end when no new partition came for S seconds")
+    p.add_argument(
+        "--publish", type=Path, metavar="DIR", help="with --follow: export to this folder, which distmtl serve follows, after each"
+    )
+    p.add_argument(
+        "--full-every", type=int, metavar="K", help="with --publish: every K-th export is a full one, between are deltas (default: 24)"
+    )
+    p.add_argument("--quantize", choices=["int8", "fp16"], help="with --publish: rows of tables kept smaller (default: fp32)")
 
     p = command(
         "evaluate",
@@ -124,6 +143,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--quantize", choices=["int8", "fp16"], help="keep rows of tables smaller, and print what that costs (default: fp32)")
     p.add_argument("--verify", action="store_true", help="score a sample of the config's data by the checkpoint too; differences fail")
+
+    p = command(
+        "predict", predict, "Score Parquet with an export, in the same order; bad rows go aside with a reason. The same command continues.",
+        "distmtl predict exports/synthetic --data data/synthetic/test --out predictions",
+    )  # fmt: skip
+    p.add_argument("export", metavar="EXPORT")
+    p.add_argument("--data", required=True, metavar="PATH", help="a file, a folder or a glob, local or remote")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--workers", type=at_least_one, default=1, metavar="N", help="Ray workers; 1: this process alone (default: %(default)s)")
+    p.add_argument("--keep", type=lambda text: text.split(","), default=[], metavar="COLUMN[,…]", help="columns of the data to keep")
+    p.add_argument(
+        "--max-rejected", type=share, default=0.01, metavar="SHARE", help="it stops where more rows cannot be scored (default: %(default)s)"
+    )  # fmt: skip
 
     p = command(
         "health", health, "Show how the tasks of a run get on with each other: λ, gradients, calibration, gates. Also while it runs.",
@@ -205,15 +237,22 @@ def config_arguments(p: argparse.ArgumentParser) -> None:
 
 def synth(a: argparse.Namespace) -> None:
     from distmtl.data.conflict import ConflictWorld
+    from distmtl.data.drift import DriftWorld, write_partitions
     from distmtl.data.synthetic import Source, World, write_log
     from distmtl.data.wide import WideWorld
 
     sizes = {
         name: getattr(a, name) for name in ("users", "items", "domains", "confounding", "kept_negatives") if getattr(a, name) is not None
     }
-    kinds = [kind for kind, asked in (("wide", a.wide), ("conflict", a.conflict is not None)) if asked]
+    kinds = [k for k, asked in (("wide", a.wide), ("conflict", a.conflict is not None), ("drift", a.drift is not None)) if asked]
+    if a.partitions is not None and kinds[:1] != ["drift"]:
+        raise DistmtlError("--partitions says how many days a --drift log has; leave it out")
     if kinds and (others := [*kinds[1:], *sizes]):
         raise DistmtlError(f"--{others[0].replace('_', '-')} says nothing about a --{kinds[0]} log; leave one of them out")
+    if a.drift is not None:
+        rows = write_partitions(a.out, DriftWorld(a.seed, a.drift), partitions=14 if a.partitions is None else a.partitions, rows=a.rows)
+        print(f"wrote {rows:,} rows to {a.out}; next: distmtl train {a.out}/mmoe.yaml --follow {a.out} --idle-timeout 5")
+        return
     world: Source
     if a.conflict is not None:
         world = ConflictWorld(a.seed, a.conflict)
@@ -238,6 +277,7 @@ def _option(text: str) -> tuple[str, str]:
 
 def train(a: argparse.Namespace) -> int:
     import signal
+    from functools import partial
 
     from distmtl.config_file import load_config
     from distmtl.distributed.process import under_torchrun
@@ -246,7 +286,13 @@ def train(a: argparse.Namespace) -> int:
 
     config = load_config(a.config, [*a.overrides, *([f"cluster.workers={a.workers}"] if a.workers is not None else [])])
     run: Any
-    if under_torchrun():
+    if a.follow:
+        run = partial(follow, a)
+    elif a.partitions is not None or a.idle_timeout is not None:
+        raise DistmtlError("--partitions and --idle-timeout end what --follow DIR begins; without it, train.epochs and train.steps do")
+    elif a.publish:
+        raise DistmtlError("--publish exports what --follow DIR has trained; after a run without it, use distmtl export")
+    elif under_torchrun():
         from distmtl.loop import train as run
     else:
         from distmtl.cluster.trainer import train_on_ray as run
@@ -258,6 +304,37 @@ def train(a: argparse.Namespace) -> int:
         print(f"run directory: {result['run_dir']}")
         print(json.dumps(result))
     return 128 + signal.SIGINT if result["stopped"] and request.signal == signal.SIGINT else 0
+
+
+def follow(a: argparse.Namespace, config: Any, resume: str, policy: Any) -> dict[str, Any]:
+    from distmtl.distributed.process import process_group, under_torchrun
+    from distmtl.following import Until
+    from distmtl.following import follow as run
+
+    until, publish = Until(a.partitions, a.idle_timeout), publisher(a)
+    if not under_torchrun():
+        from distmtl.cluster.trainer import follow_on_ray
+
+        return follow_on_ray(config, a.follow, until, resume, policy, publish)
+    from distmtl.loop import train as of_partition
+
+    with process_group(config) as process:
+        return run(config, a.follow, of_partition, until, resume=resume, policy=policy, publish=publish, process=process)
+
+
+def publisher(a: argparse.Namespace) -> Any:
+    """For `follow`, what exports every partition's checkpoint; None if that is not asked for."""
+    if (a.full_every or a.quantize) and not a.publish:
+        raise DistmtlError("--full-every and --quantize are about the exports of --publish DIR; name it")
+    if a.full_every is not None and a.full_every < 1:
+        raise DistmtlError(f"--full-every {a.full_every}: every export is a full one with 1; give a number of at least 1")
+    if not a.publish:
+        return None
+    from distmtl.distributed.process import quieten
+    from distmtl.exporting.publishing import publish
+
+    quieten()
+    return lambda index, checkpoint: publish(checkpoint, a.publish, full_every=a.full_every or 24, row_format=a.quantize or "fp32")
 
 
 def evaluate(a: argparse.Namespace) -> None:
@@ -299,6 +376,28 @@ def export(a: argparse.Namespace) -> None:
     print(f"next: distmtl serve {a.out}")
 
 
+def predict(a: argparse.Namespace) -> None:
+    import signal
+
+    from distmtl.distributed.process import quieten
+    from distmtl.serving import batch
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    def on_ray(job: batch.Job, parts: Sequence[batch.Part]) -> Generator[tuple[batch.Part, batch.Outcome], None, None]:
+        from distmtl.cluster.predict import score_on_ray
+        from distmtl.cluster.trainer import refuse_fleeting
+
+        refuse_fleeting(a.out, "--out")
+        return score_on_ray(job, parts, a.workers, say)
+
+    quieten()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers too; whole parts stay
+    job = batch.open_job(a.export, a.data, a.out, a.keep, a.max_rejected)
+    print(json.dumps(batch.predict(job, on_ray if a.workers > 1 else batch.in_this_process, say)))
+
+
 def health(a: argparse.Namespace) -> None:
     from dataclasses import asdict
 
@@ -331,6 +430,22 @@ def workers(text: str) -> str:
     if len(numbers) > 2 or not all(n.isdecimal() for n in numbers):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor MIN-MAX, such as 2-8")
     return numbers[0] if len(numbers) == 1 else f"{{min: {numbers[0]}, max: {numbers[1]}}}"
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+    return number
 
 
 def world_sizes(text: str) -> list[int]:

@@ -481,6 +481,7 @@ def like(value: ShardedTensor, tensors: dict[tuple[int, ...], torch.Tensor], row
     if rows is not None:
         whole.size = torch.Size([rows, *whole.size[1:]])
         whole.shards_metadata = [m for m in whole.shards_metadata if m.shard_offsets[0] < rows]
+    whole.tensor_properties.pin_memory = any(t.is_pinned() for t in tensors.values())
     device = next((t.device for t in tensors.values()), None)
     for metadata in whole.shards_metadata:
         if rows is not None:

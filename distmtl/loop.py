@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from distmtl.data.reader import Reader
 from distmtl.data.schema import kinds_of, served_columns
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
-from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard
+from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard, step_counters
 from distmtl.errors import DistmtlError
 from distmtl.evaluation import calibrate, evaluate_split
 from distmtl.health import Health
@@ -58,10 +58,16 @@ class LoopState:
     best_step: int | None = None
     best_value: float | None = None
     evaluations_without_best: int = 0
+    unseen: dict[str, dict[str, Any]] = field(default_factory=dict)  # metrics of the training set before its first step
 
 
 def train(
-    config: Config, resume: str = "auto", report: Report = print_record, checked: bool = False, policy: ResumePolicy = "strict"
+    config: Config,
+    resume: str = "auto",
+    report: Report = print_record,
+    checked: bool = False,
+    policy: ResumePolicy = "strict",
+    continue_from: str | None = None,
 ) -> dict[str, Any]:
     """Train in this process, or as one rank under torchrun or Ray. Returns result.json's object.
 
@@ -70,26 +76,32 @@ def train(
         report: called on rank 0 with every record of progress.
         checked: the data was checked by who calls, a moment ago; only its footers are read again.
         policy: `matching` takes over the part of a checkpoint that fits a changed model, and says what does not.
+        continue_from: the checkpoint of another run whose training goes on here on other data: all of its state but the position.
+            The model is measured on these data first (progressive validation: Blum, Kalai and Langford 1999).
 
     Raises:
         DistmtlError: what a retry cannot mend; on every rank.
     """
     with process_group(config) as process:
         splits = on_first_rank(process, lambda: open_splits(config, checked))
-        found, notes = on_first_rank(process, lambda: open_run(config, resume, splits["train"], policy))
+        found, notes = on_first_rank(process, lambda: open_run(config, resume, splits["train"], policy, continue_from))
         progress = Progress(place(config.run_dir), process.first, report)
         try:
             run = Training(config, process, splits, progress)
-            run.start(found, notes, policy)
+            run.start(found, notes, policy, goes_on=continue_from is not None)
             if complete := run.former_result():
                 return complete
+            if continue_from and run.state.step == 0:
+                run.measure_unseen()
             try:
                 run.train()
             except DistmtlError:  # all ranks raise it, so all can complete the checkpoint on its way
                 with suppress(DistmtlError, RuntimeError):  # the first error is the one to tell
                     run.saver.wait()
                 raise
-            return run.finish()
+            result = run.finish()
+            run.saver.close()
+            return result
         finally:
             progress.close()
 
@@ -133,24 +145,33 @@ class Training:
             dense_parameters(self.model, self.planned),
             self.total_steps,
             trained=lambda: self.train_model.loss.trained,
+            counters=step_counters(self.model),
         )
         self.pipeline = make_pipeline(self.model, self.optimizers, process.device)
         self.restarts = 0
+        self.queued: Queued | None = None  # the newest step, not looked at yet
         self.asked: Request | None = None  # what the run was last asked to do
         self.look_at = 0  # step at which to look for such a request
         self.meter = Meter(len(self.train_model.loss.terms.names), process.device)
         self.health = Health(config, self.train_model.loss.terms, self.train_model.model.head.mixture, process.device)
         self.measured: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}  # metrics of the step just evaluated
 
-    def start(self, found: checkpoint.Checkpoint | None, notes: list[str], policy: ResumePolicy = "strict") -> None:
-        """Load the checkpoint, if there is one, and say what is about to happen."""
+    def start(self, found: checkpoint.Checkpoint | None, notes: list[str], policy: ResumePolicy = "strict", goes_on: bool = False) -> None:
+        """Load the checkpoint, if there is one, and say what is about to happen.
+
+        Args:
+            goes_on: another run's checkpoint is loaded with the state of its training, not as weights to start from.
+        """
         own = found is not None and is_own(found, self.config)
+        goes_on = goes_on or own
         changed = found is not None and policy == "matching" and not same_model(self.config, found)
         if found and changed:
-            optimizers = self.optimizers if own else None
+            optimizers = self.optimizers if goes_on else None
             notes = notes + checkpoint.load_matching(found, self.model, optimizers, changes(self.config, found, self.splits["train"]))
         elif found and own:
             found = self._load_newest(found, notes)
+        elif found and goes_on:
+            checkpoint.load(found, self.model, self.optimizers)
         elif found:
             checkpoint.load_weights(found, self.model)
         if found and own:
@@ -167,7 +188,7 @@ class Training:
             self.progress.say("note", step=self.state.step, text=note)
         workers = gather_texts(self.process, f"rank {self.process.rank}: {socket.gethostname()} pid {os.getpid()}")
         self.progress.say(
-            "start", step=self.state.step, text=self._introduction(found), world_size=self.process.world_size, workers=workers
+            "start", step=self.state.step, text=self._introduction(found, goes_on), world_size=self.process.world_size, workers=workers
         )
         self.saver = Saver(
             self.folder / "checkpoints",
@@ -207,7 +228,10 @@ class Training:
                 seed_dropout(self.config.run.seed, state.step, self.process.rank)
                 numbers: StepNumbers = self.pipeline.progress(batches)
                 assert numbers.step == state.step, f"trained batch {numbers.step} at step {state.step}"
-                self._refuse_bad(numbers)
+                self._refuse_bad()
+                self.queued = Queued(numbers)
+                if self.process.device.type == "cpu":
+                    self._refuse_bad()
                 self.meter.add(numbers)
                 self.health.add(numbers)
                 self._count()
@@ -256,6 +280,16 @@ class Training:
             return result
         return None
 
+    def measure_unseen(self) -> None:
+        """Measure the training set before it is trained. What cannot be measured yet, such as a new domain, is said, and trained."""
+        try:
+            loss, metrics = evaluate_split(self.train_model.model, self.splits["train"], self.config, self.process)
+        except DistmtlError as e:
+            self.progress.say("note", step=0, text=f"not measured before it is trained: {e}")
+            return
+        self.state.unseen = metrics
+        self.progress.say("evaluation", step=0, of=self.total_steps, split="unseen", loss=loss, metrics=metrics)
+
     def finish(self) -> dict[str, Any]:
         """Calibrate and evaluate the best checkpoint, write result.json. A stopped run ends without: there may be little time left."""
         state, process = self.state, self.process
@@ -264,7 +298,7 @@ class Training:
             best = on_first_rank(process, lambda: checkpoint.of_step(self.folder / "checkpoints", best_step))
             checkpoint.load(best, self.model, self.optimizers)
             self.progress.say("note", step=state.step, text=f"the best checkpoint, of step {state.best_step}, on all data:")
-        metrics = {}
+        metrics = {"unseen": state.unseen} if state.unseen else {}
         step = state.best_step or state.step
         calibrations = {} if self.stopped else self._calibrate(step)
         for split in SPLITS[1:]:
@@ -304,27 +338,30 @@ class Training:
 
     # ------------------------------------------------------------------------------------------------ parts of a step
 
-    def _refuse_bad(self, numbers: StepNumbers) -> None:
-        """All ranks see the same numbers, so all of them raise, or none.
+    def _refuse_bad(self) -> None:
+        """Look at the newest step, if that was not done. All ranks see the same numbers, so all of them raise, or none. On CUDA it is done
+        when the step after it is queued, lest the device wait for the host, or before anything is told or saved.
 
         Raises:
             DistmtlError: a reader failed, or a loss is not finite and may not be skipped.
         """
-        if bool(numbers.trained):
+        queued, self.queued = self.queued, None
+        if queued is None or queued.trained():
             return
+        numbers = queued.numbers
         if numbers.failed > 0:
             raise DistmtlError("\n".join(gather_texts(self.process, numbers.error)))
         tasks = [name for name, n in zip(self.train_model.loss.terms.names, numbers.non_finite.tolist(), strict=True) if n]
         rows = numbers.bad_rows[numbers.bad_rows >= 0][:3].tolist()
         places = gather_texts(self.process, "; ".join(self.splits["train"].locate(r) for r in rows) or None)
         where = f"is not finite, at {'; '.join(places[:3])}" if places else "is finite, but not its gradient where the tasks share"
-        what = f"step {self.state.step}: the loss of {', '.join(tasks)} {where}"
+        what = f"step {numbers.step}: the loss of {', '.join(tasks)} {where}"
         policy, self.state.skipped = self.config.train.non_finite, self.state.skipped + 1
         if policy.policy == "raise":
             raise DistmtlError(f"{what}. Lower the learning rate, look at these rows, or set train.non_finite.policy=skip")
         if self.state.skipped > policy.limit:
             raise DistmtlError(f"{what}. That is skipped step {self.state.skipped}, more than train.non_finite.limit={policy.limit}")
-        self.progress.say("note", step=self.state.step, text=f"{what}; this step's update is left out ({self.state.skipped} so far)")
+        self.progress.say("note", step=numbers.step, text=f"{what}; this step's update is left out ({self.state.skipped} so far)")
 
     def _count(self) -> None:
         rows = self.reader.rows_of_step(self.state.step)
@@ -334,6 +371,7 @@ class Training:
         self.state.seconds += self.meter.tick()
 
     def _log(self) -> None:
+        self._refuse_bad()
         state, meter = self.state, self.meter
         terms = self.train_model.loss.terms
         losses = dict(zip(terms.names, meter.mean_losses(), strict=True))
@@ -363,6 +401,7 @@ class Training:
     def _evaluate(self) -> DistmtlError | None:
         """Measure the validation split; remember the best and count how long it has stood. Returns why it could not, on all
         ranks alike: what was trained is saved before that is raised."""
+        self._refuse_bad()
         state, monitor = self.state, self.config.train.monitor
         try:
             with self.meter.paused():
@@ -438,6 +477,7 @@ class Training:
 
     def _save(self) -> None:
         """Begin a checkpoint; training goes on as soon as its state is copied."""
+        self._refuse_bad()
         with self.meter.paused():
             self.saver.save(
                 {
@@ -474,13 +514,14 @@ class Training:
             "dense": sum(p.numel() for p in self.optimizers.parameters.values()),
         }
 
-    def _introduction(self, found: checkpoint.Checkpoint | None) -> str:
+    def _introduction(self, found: checkpoint.Checkpoint | None, goes_on: bool) -> str:
         config, process = self.config, self.process
         sizes = "  ".join(f"{split} {data.rows:,}" for split, data in self.splits.items())
         parameters = self._parameters()
         begin = "starting afresh"
         if found:
-            begin = f"{'continuing' if is_own(found, config) else 'starting with the weights'} from {found.path} (step {found.step})"
+            how = "continuing" if is_own(found, config) else "going on" if goes_on else "starting with the weights"
+            begin = f"{how} from {found.path} (step {found.step})"
         lines = [
             f"{config.name}: {config.model.kind} on {process.world_size} worker(s), {process.device.type}, run directory {self.folder}",
             f"{begin}; rows: {sizes}; {self.total_steps} steps of {config.train.global_batch_size}",
@@ -490,6 +531,21 @@ class Training:
             *("  " + line for line in plan_text(self.planned, process.world_size).splitlines()),
         ]
         return "\n".join(lines)
+
+
+class Queued:
+    """A step that the device may still be at, and whether it was trained, on its way to the host."""
+
+    def __init__(self, numbers: StepNumbers):
+        self.numbers, self.flag = numbers, numbers.trained.to("cpu", non_blocking=True)
+        self.copied = torch.cuda.Event() if numbers.trained.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+    def trained(self) -> bool:
+        if self.copied:
+            self.copied.synchronize()
+        return bool(self.flag)
 
 
 def make_pipeline(model: DistributedModelParallel, optimizers: Optimizers, device: torch.device) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import proxy
 
 import torch
 import torch.distributed as dist
@@ -24,20 +25,28 @@ class Optimizers:
         fused: TorchRec's optimizer of the sharded tables.
         dense: name → parameter of everything else.
         trained: whether the step's update is to be made; asked after backward.
+        counters: of the steps made, where the tables' optimizer keeps its own.
     """
 
     def __init__(
-        self, config: OptimizerConfig, fused: Any, dense: dict[str, nn.Parameter], total_steps: int, trained: Callable[[], Tensor]
+        self,
+        config: OptimizerConfig,
+        fused: Any,
+        dense: dict[str, nn.Parameter],
+        total_steps: int,
+        trained: Callable[[], Tensor],
+        counters: Sequence[Tensor] = (),
     ):
-        self.config, self.fused, self.total_steps, self.trained = config, fused, total_steps, trained
+        self.config, self.fused, self.total_steps, self.trained, self.counters = config, fused, total_steps, trained, counters
         self.parameters = dict(sorted(dense.items()))
         self.gradients = _flat_gradients(list(self.parameters.values()))
         self.dense = dense_optimizer(config, list(self.parameters.values()))
         self.missing = len(self.parameters)  # gradients of this step that are not there yet
         self.exchange: dist.Work | None = None  # their all-reduce
         if dist.is_initialized() and dist.get_world_size() > 1:
+            me = proxy(self)  # a circle of references through a hook would never be collected, and hold the tables
             for parameter in self.parameters.values():
-                parameter.register_post_accumulate_grad_hook(self._arrived)
+                parameter.register_post_accumulate_grad_hook(lambda p: me._arrived(p))
         self.base = [g["lr"] for g in self._groups()]
         self.set_step(0)
 
@@ -45,7 +54,9 @@ class Optimizers:
         return [*self.fused.param_groups, *self.dense.param_groups]
 
     def set_step(self, step: int) -> None:
-        """Set every learning rate for the step about to be made."""
+        """Set every learning rate, and count, for the step about to be made."""
+        for counter in self.counters:
+            counter.fill_(step)
         factor = learning_rate_factor(self.config.schedule, step, self.total_steps)
         for group, lr in zip(self._groups(), self.base, strict=True):
             group["lr"] = lr * factor
@@ -68,7 +79,9 @@ class Optimizers:
         if dist.is_initialized() and dist.get_world_size() > 1:
             exchange = self.exchange or dist.all_reduce(self.gradients, async_op=True)  # a parameter was not used in this step
             exchange.wait()
-        if not bool(self.trained()):
+        if self.gradients.is_cuda and isinstance(self.dense, torch.optim.Adam):
+            self.dense.found_inf = (~self.trained()).float()  # its kernel looks there itself: the host need not wait for the step
+        elif not bool(self.trained()):
             return
         if self.config.clip_norm:
             norm = self.gradients.norm()

@@ -23,6 +23,7 @@ from distmtl.errors import DistmtlError
 from distmtl.storage import place, write_whole
 
 CALIBRATION = "calibration.json"  # beside the checkpoints
+PARTITIONS = "partitions"  # of a followed run: in it, the run of every partition
 
 # What may change between the start of a run and its continuation: how it is run, not what it computes.
 FREE = (
@@ -31,6 +32,7 @@ FREE = (
     "train.log_every", "train.eval_every", "train.save_*", "train.keep", "train.monitor",
     "train.early_stopping*", "train.profile*", "train.non_finite*", "sharding.types", "sharding.row_wise_above_mb", "tables.*.sharding",
 )  # fmt: skip
+FREE_ON_NEW_DATA = (*FREE, "run.seed", "optimizer.schedule.warmup_steps")  # where the state of the training goes on
 FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a shorter one, unless the learning rate depends on it
 
 
@@ -53,19 +55,22 @@ FREE_IF_MATCHING = (
 ResumePolicy = Literal["strict", "matching"]
 
 
-def open_run(config: Config, resume: str, train_set: Dataset, policy: ResumePolicy = "strict") -> tuple[Checkpoint | None, list[str]]:
+def open_run(
+    config: Config, resume: str, train_set: Dataset, policy: ResumePolicy = "strict", continue_from: str | None = None
+) -> tuple[Checkpoint | None, list[str]]:
     """Make the run directory, or continue it. Returns the checkpoint to load, and what is worth saying about it.
 
     Args:
         resume: `auto` continues a run of the same config; `never` wants an empty directory; a path of a checkpoint or run
             gives the weights that a new run starts from (`is_own` is false for it), once: a run with a checkpoint continues.
         policy: `matching` lets features, tables, tasks, the head and the weighting differ: what still fits is loaded.
+        continue_from: the checkpoint of another run that a new run continues on other data; goes before `resume`.
 
     Raises:
         DistmtlError: the directory is another run's (the differing fields), the data set changed, or nothing to load.
     """
     folder = place(config.run_dir)
-    found, notes = continuation(config, resume, train_set, policy)
+    found, notes = continuation(config, resume, train_set, policy, continue_from)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.yaml", dump_config(config))
@@ -74,7 +79,9 @@ def open_run(config: Config, resume: str, train_set: Dataset, policy: ResumePoli
     return found, notes
 
 
-def continuation(config: Config, resume: str, train_set: Dataset, policy: ResumePolicy = "strict") -> tuple[Checkpoint | None, list[str]]:
+def continuation(
+    config: Config, resume: str, train_set: Dataset, policy: ResumePolicy = "strict", continue_from: str | None = None
+) -> tuple[Checkpoint | None, list[str]]:
     """What `open_run` finds, and its errors; writes nothing."""
     folder = place(config.run_dir)
     extra = FREE_IF_MATCHING if policy == "matching" else ()
@@ -83,6 +90,8 @@ def continuation(config: Config, resume: str, train_set: Dataset, policy: Resume
     entries = [p.name for p in folder.iterdir()] if folder.exists() else []
     if entries and not (folder / "config.yaml").exists():
         raise DistmtlError(f"run.dir {folder} is not empty and not a run (no config.yaml); choose another run.dir or empty it")
+    if PARTITIONS in entries:
+        raise DistmtlError(f"run.dir {folder} holds a followed run; continue it with --follow, or choose another run.dir")
     log = folder / "metrics.jsonl"  # without a word in it or a checkpoint, the run failed before its first step
     begun = (folder / "checkpoints").exists() or (log.exists() and log.stat().st_size > 0)
     if begun and resume == "never":
@@ -97,7 +106,10 @@ def continuation(config: Config, resume: str, train_set: Dataset, policy: Resume
             notes += _same(config, checkpoint_config(found), f"checkpoint {found.path}", FREE, extra)
         if found and resume not in ("auto", "never") and place(resume).resolve() not in (folder.resolve(), found.path.resolve()):
             notes = [f"run.dir {folder} holds a checkpoint of its own, which goes before --resume {resume}", *notes]
-    if found is None and resume not in ("auto", "never"):
+    if found is None and continue_from:
+        found = find_checkpoint(continue_from)
+        notes += _same(config, checkpoint_config(found), f"checkpoint {found.path}", FREE_ON_NEW_DATA, extra)
+    elif found is None and resume not in ("auto", "never"):
         found = find_checkpoint(resume)
         notes += _same(config, checkpoint_config(found), f"checkpoint {found.path}", FREE_FROM_WEIGHTS, extra)
     elif found is not None:
@@ -115,7 +127,7 @@ def config_of(folder: Path) -> Config:
 
 
 def find_checkpoint(path: str) -> Checkpoint:
-    """The checkpoint at a path: a checkpoint's folder, or a run's (its best one, else its newest).
+    """The checkpoint at a path: a checkpoint's folder, or a run's (its best one, else its newest; a followed run's newest).
 
     Raises:
         DistmtlError: there is none, or it is incomplete.
@@ -123,6 +135,12 @@ def find_checkpoint(path: str) -> Checkpoint:
     folder = place(path)
     if not folder.exists():
         raise DistmtlError(f"checkpoint {path}: no such folder")
+    if (folder / PARTITIONS).is_dir():
+        runs = sorted((folder / PARTITIONS).iterdir(), key=lambda run: run.name, reverse=True)
+        newest = next((c for run in runs if (c := checkpoint.newest(run / "checkpoints")[0])), None)
+        if newest is None:
+            raise DistmtlError(f"run {path} has no complete checkpoint")
+        return _readable(newest)
     if (folder / "checkpoints").is_dir():
         found, notes = checkpoint.newest(folder / "checkpoints")
         if found is None:

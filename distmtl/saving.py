@@ -96,6 +96,10 @@ class Saver:
         self.job.result()
         self._take()
 
+    def close(self) -> None:
+        """Give the group of its own back; nothing may be on its way. A process may train one run after another."""
+        dist.destroy_process_group(self.group)
+
     def completed(self) -> Saved | None:
         """A checkpoint completed since this was last asked, on rank 0; the oldest of several."""
         self._take()

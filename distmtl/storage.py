@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 from upath import UPath
 
@@ -63,6 +67,26 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)  # a full disk gets its space back
         raise
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to fill, which appears whole when the block ends well, and not at all otherwise; whoever else writes it too."""
+    if is_remote(path):
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            path.fs.pipe_file(path.path, file.read())  # type: ignore[attr-defined]
+        return
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -35,8 +35,8 @@ def published(data: Path, folder: Path) -> tuple[str, str]:
     train_world(config(data, run), 1)  # in a process of its own: autograd's threads here would stop ranks that are forked later
     checkpoints = sorted((run / "checkpoints").iterdir())
     first, last = (str(find_checkpoint(str(c)).path) for c in (checkpoints[0], checkpoints[-1]))
-    publish(first, None, folder / "all", full_every=5, say=lambda text: None)
-    publish(last, first, folder / "all", full_every=5, say=lambda text: None)
+    publish(first, folder / "all", full_every=5, say=lambda text: None)
+    publish(last, folder / "all", full_every=5, say=lambda text: None)
     assert sorted(p.name for p in (folder / "all").iterdir()) == ["000000-full", "000001-delta"]
     return first, last
 

@@ -28,6 +28,7 @@ from distmtl.cluster.timeouts import set_hang_timeout
 from distmtl.config import ClusterConfig, Config
 from distmtl.config_file import parse_config
 from distmtl.errors import DistmtlError
+from distmtl.following import Publish, Until, follow
 from distmtl.progress import Report, print_record
 from distmtl.run_directory import ResumePolicy, open_run
 from distmtl.storage import absolute, is_remote, place
@@ -45,7 +46,13 @@ KEEP_MEMORY = {
 }
 
 
-def train_on_ray(config: Config, resume: str = "auto", report: Report = print_record, policy: ResumePolicy = "strict") -> dict[str, Any]:
+def train_on_ray(
+    config: Config,
+    resume: str = "auto",
+    report: Report = print_record,
+    policy: ResumePolicy = "strict",
+    continue_from: str | None = None,
+) -> dict[str, Any]:
     """Train on `cluster.workers` Ray Train workers: of the cluster that RAY_ADDRESS or `ray start` offers, else of a local one.
 
     Config and data are checked here, before anything is started. Returns result.json's object.
@@ -59,18 +66,19 @@ def train_on_ray(config: Config, resume: str = "auto", report: Report = print_re
 
     refuse_fleeting(config.run_dir, "run.dir")
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": absolute(config.run_dir)})})
-    open_run(config, resume, open_splits(config)["train"], policy)
+    open_run(config, resume, open_splits(config)["train"], policy, continue_from)
     if config.model.kind == "plugin":  # the user's own code: better it fails here
         Head(config, Layout.of(config))
     report({"kind": "note", "text": f"data and config are sound; starting {config.cluster.workers} Ray Train worker(s) …"})
     set_hang_timeout(config.cluster)
     folder = place(config.run_dir)
-    with session(config.cluster), following(folder / "metrics.jsonl", report):
+    settings = {"resume": "auto" if resume == "never" else resume, "policy": policy, "continue_from": continue_from}
+    with session(config.cluster), passing_on(folder / "metrics.jsonl", report):
         worker = worker_resources(config.cluster, use_gpu=use_gpu(config.cluster))
         outcome = Supervisor(
             config.cluster,
             folder,
-            attempt=lambda workers: _trainer(config, resume, policy, workers, worker).fit().return_value,
+            attempt=lambda workers: _trainer(config, settings, workers, worker).fit().return_value,
             places=lambda: nodes(worker),
             report=report,
         ).run()
@@ -79,10 +87,21 @@ def train_on_ray(config: Config, resume: str = "auto", report: Report = print_re
     return outcome["result"]
 
 
-def _trainer(config: Config, resume: str, policy: ResumePolicy, workers: int, worker: dict[str, int]) -> TorchTrainer:
+def follow_on_ray(
+    config: Config, source: str, until: Until, resume: str = "auto", policy: ResumePolicy = "strict", publish: Publish | None = None
+) -> dict[str, Any]:
+    """`follow` on Ray Train workers; the session lasts over the partitions. Between them no worker runs."""
+    refuse_fleeting(config.run_dir, "run.dir")
+    refuse_fleeting(source, "--follow")
+    set_hang_timeout(config.cluster)
+    with session(config.cluster):
+        return follow(config, source, train_on_ray, until, resume=resume, policy=policy, publish=publish)
+
+
+def _trainer(config: Config, settings: dict[str, Any], workers: int, worker: dict[str, int]) -> TorchTrainer:
     return TorchTrainer(
         work,
-        train_loop_config={"config": config.model_dump(mode="json"), "resume": "auto" if resume == "never" else resume, "policy": policy},
+        train_loop_config={**settings, "config": config.model_dump(mode="json")},
         torch_config=ProcessGroupConfig(timeout_s=config.cluster.collective_timeout_s),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in worker, resources_per_worker=worker),
         run_config=RunConfig(
@@ -110,10 +129,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     from distmtl.loop import train
 
     try:
-        result = train(
-            parse_config(settings["config"]), settings["resume"], report=lambda record: None, checked=True, policy=settings["policy"]
-        )
-        return {"result": result}
+        return {"result": train(**{**settings, "config": parse_config(settings["config"])}, report=lambda record: None, checked=True)}
     except DistmtlError as e:
         return {"error": str(e)}
 
@@ -201,7 +217,7 @@ def use_gpu(cluster: ClusterConfig) -> bool:
 
 
 @contextmanager
-def following(log: Path, report: Report) -> Iterator[None]:
+def passing_on(log: Path, report: Report) -> Iterator[None]:
     """Pass on the records that rank 0 appends to the log, wherever it runs."""
     position = log.stat().st_size if log.exists() else 0
     done = threading.Event()

@@ -1,12 +1,14 @@
 """Before training: schema, types, id ranges and label values of a data set against the config, every mistake at once.
 
 Types and columns are checked in every file, id ranges and null counts from every row group's statistics (free: they are in
-the footers), values in a sample of rows. What slips through is caught row by row when it is read.
+the footers), values in a sample of rows. What slips through is caught row by row when it is read. Of rows to be scored, columns
+and types alone: a bad value costs one row, not all.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 from distmtl.config import BinaryTask, Config, IdFeature, Ids, SequenceFeature, VectorFeature
 from distmtl.data.collate import ROW, Collator, alike_type, is_list, is_string, label_rule
 from distmtl.data.dataset import Dataset
+from distmtl.data.schema import OF, Kind, kind_of
 from distmtl.errors import DistmtlError
 
 SAMPLE_ROWS = 4096
@@ -35,39 +38,74 @@ def check_dataset(dataset: Dataset, config: Config, split: str | None) -> None:
     named = [c for t in binary for c in (t.true_probability, t.true_probability_entire) if c]
     oracle = [] if split == "train" else [c for c in named if split or c in dataset.columns]
     collator = Collator(config, oracle=oracle, locate=dataset.locate)
-    mistakes: dict[str, None] = {}
     unknown = {t.column for t in config.tasks}  # labels without a known value so far
     kinds: dict[str, tuple[pa.DataType, str]] = {}  # every column's type so far, and a file that has it
-    for p, part in enumerate(dataset.parts):
-        try:
-            with dataset.open_part(p) as file:
-                found = _schema_mistakes(file.schema_arrow, collator, config, part.path, kinds)
-                if not found:
-                    found = _range_mistakes(file, config, part.path, unknown)
-                if not found and p % max(len(dataset.parts) // SAMPLE_PARTS, 1) == 0:
-                    found = collator.mistakes(_sample(file, dataset, p, collator.columns))
-        except (pa.ArrowException, OSError) as e:
-            found = [f"{part.path} cannot be read: {str(e).splitlines()[0]}"]
-        mistakes.update(dict.fromkeys(found))
+
+    def look(file: pq.ParquetFile, p: int, path: str) -> list[str]:
+        found = _schema_mistakes(file.schema_arrow, collator, config, path, kinds) or _range_mistakes(file, config, path, unknown)
+        if not found and p % max(len(dataset.parts) // SAMPLE_PARTS, 1) == 0:
+            found = collator.mistakes(_sample(file, dataset, p, collator.columns))
+        return found
+
+    mistakes = _of_files(dataset, look)
     if not mistakes and split == "train":
         for task in config.tasks:
             if task.column in unknown:
-                mistakes[f"label {task.column!r}: all {dataset.rows} rows are null; task {task.name!r} would have nothing to learn"] = None
+                mistakes.append(f"label {task.column!r}: all {dataset.rows} rows are null; task {task.name!r} would have nothing to learn")
+    _refuse(mistakes, f"{f'data.{split}' if split else 'data'} {dataset.path}")
+
+
+def check_to_score(dataset: Dataset, config: Config, columns: Mapping[str, Kind], kept: Iterable[str]) -> None:
+    """Compare a data set's columns with those that a model was trained on.
+
+    Args:
+        columns: what the model's columns held then.
+        kept: further columns that must be there.
+
+    Raises:
+        DistmtlError: every mistake, by file and column.
+    """
+    collator = Collator(config, labelled=False)
+    kinds: dict[str, tuple[pa.DataType, str]] = {}
+
+    def look(file: pq.ParquetFile, _: int, path: str) -> list[str]:
+        schema = file.schema_arrow
+        return _schema_mistakes(schema, collator, config, path, kinds, kept) or _hashed_otherwise(schema, columns, path)
+
+    _refuse(_of_files(dataset, look), f"data {dataset.path}")
+
+
+def _of_files(dataset: Dataset, look: Callable[[pq.ParquetFile, int, str], list[str]]) -> list[str]:
+    """The mistakes that `look` finds in files, each once; it is given the file, its number and its path."""
+    mistakes: dict[str, None] = {}
+    for p, part in enumerate(dataset.parts):
+        try:
+            with dataset.open_part(p) as file:
+                found = look(file, p, part.path)
+        except (pa.ArrowException, OSError) as e:
+            found = [f"{part.path} cannot be read: {str(e).splitlines()[0]}"]
+        mistakes.update(dict.fromkeys(found))
+    return list(mistakes)
+
+
+def _refuse(mistakes: list[str], what: str) -> None:
     if mistakes:
-        lines = list(mistakes)
-        more = f"\n  … and {len(lines) - 20} more" if len(lines) > 20 else ""
-        count = f"{len(lines)} mistake{'s' * (len(lines) > 1)}"
-        raise DistmtlError(
-            f"{f'data.{split}' if split else 'data'} {dataset.path}: {count}\n" + "\n".join(f"  - {m}" for m in lines[:20]) + more
-        )
+        more = f"\n  … and {len(mistakes) - 20} more" if len(mistakes) > 20 else ""
+        count = f"{len(mistakes)} mistake{'s' * (len(mistakes) > 1)}"
+        raise DistmtlError(f"{what}: {count}\n" + "\n".join(f"  - {m}" for m in mistakes[:20]) + more)
 
 
 def _schema_mistakes(
-    schema: pa.Schema, collator: Collator, config: Config, path: str, kinds: dict[str, tuple[pa.DataType, str]]
+    schema: pa.Schema,
+    collator: Collator,
+    config: Config,
+    path: str,
+    kinds: dict[str, tuple[pa.DataType, str]],
+    kept: Iterable[str] = (),
 ) -> list[str]:
     """Columns missing, of a wrong type, or of one that does not go together with the files' before."""
     out = []
-    for name in collator.columns:
+    for name in dict.fromkeys([*collator.columns, *kept]):
         if name not in schema.names:
             close = difflib.get_close_matches(name, schema.names, n=1)
             hint = (
@@ -79,10 +117,11 @@ def _schema_mistakes(
     if out:
         return out
     wanted = [(f.source, f"feature {f.name!r}", *_wanted(f)) for f in config.features]
-    wanted += [(t.column, f"label of task {t.name!r}", _is_number, "a number or boolean") for t in config.tasks]
-    if config.data.weight:
+    if collator.labelled:
+        wanted += [(t.column, f"label of task {t.name!r}", _is_number, "a number or boolean") for t in config.tasks]
+    if config.data.weight and collator.labelled:
         wanted.append((config.data.weight, "data.weight", _is_number, "a number"))
-    if config.data.group:
+    if config.data.group and collator.labelled:
         wanted.append((config.data.group, "data.group", lambda k: _is_integer(k) or is_string(k), "an integer or string"))
     wanted += [(c, "true_probability", _is_number, "a number") for c in collator.oracles if c]
     wanted += [(c, f"task {t.name!r}", _is_number, "a number") for c, t in zip(collator.extras, config.tasks, strict=False) if c]
@@ -97,6 +136,19 @@ def _schema_mistakes(
             kinds[name] = pa.unify_schemas(pair, promote_options="permissive").field(name).type, path if pa.types.is_null(before) else first
         except pa.ArrowTypeError:
             out.append(f"column {name!r} has type {before} in {first}, but {kind} in {path}; use one type")
+    return out
+
+
+def _hashed_otherwise(schema: pa.Schema, columns: Mapping[str, Kind], path: str) -> list[str]:
+    """Columns of strings that were none in training, or the other way round: a string's hash would stand for another row of the table."""
+    out = []
+    for name, then in columns.items():
+        kind = schema.field(name).type
+        if not pa.types.is_null(kind) and ((now := kind_of(kind)).endswith("string") != then.endswith("string")):
+            out.append(
+                f"column {name!r} in {path} holds {now.removeprefix(OF)}s, but the model was trained on {then.removeprefix(OF)}s in it; "
+                "write it as it was then"
+            )
     return out
 
 

@@ -48,6 +48,8 @@ def process_group(config: Config) -> Iterator[Process]:
     device = choose_device(config)
     if device.type == "cpu":
         fastest_fp32()
+    else:
+        torch.cuda.set_device(device)  # where NCCL's collectives of objects go
     if own:
         if under_torchrun():
             dist.init_process_group(backend_of(device), timeout=timedelta(seconds=config.cluster.collective_timeout_s))

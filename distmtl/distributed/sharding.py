@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchrec
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
@@ -96,7 +98,8 @@ def attach_table_optimizers(tables: nn.Module, config: Config, device: torch.dev
                     raise DistmtlError(
                         f"table {name!r}: optimizer adam has no kernel on {device.type}; use rowwise_adagrad, adagrad or sgd"
                     )
-                kind, arguments = torch.optim.Adam, {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps}
+                beta1, beta2 = optimizer.betas
+                kind, arguments = torchrec.optim.Adam, {"lr": optimizer.lr, "beta1": beta1, "beta2": beta2, "eps": optimizer.eps}
         apply_optimizer_in_backward(kind, [parameter], arguments)
 
 
@@ -290,6 +293,14 @@ def undrawn_tables() -> Iterator[None]:
     finally:
         for kernel, own in zip(kernels, draw, strict=True):
             kernel.init_parameters = own
+
+
+def step_counters(sharded: nn.Module) -> list[Tensor]:
+    """By which FBGEMM's `adam` corrects its bias, one per group of tables on this rank. They are in no state dict, and evaluation moves
+    them too."""
+    lookups = [lookup for module in sharded.modules() for lookup in getattr(module, "_lookups", ())]
+    groups = [m for lookup in lookups for m in lookup.modules() if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen)]
+    return [group.iter_cpu for group in groups if group.optimizer == EmbOptimType.ADAM]
 
 
 def describe(plan: ShardingPlan, config: Config) -> Iterator[PlannedTable]:

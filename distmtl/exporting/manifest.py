@@ -42,6 +42,7 @@ class Manifest(Strict):
         sequence: of the publishes of a folder, 0, 1, …
         columns: column that is read → what it holds.
         calibrations: task → Calibration.to_dict
+        domains: that were trained on, of a head with statistics of each.
         files: name → bytes, SHA-256.
     """
 
@@ -57,6 +58,7 @@ class Manifest(Strict):
     config: dict[str, Any]
     columns: dict[str, Kind]
     calibrations: dict[str, dict[str, Any]]
+    domains: list[int] | None
     hash_version: int = HASH_VERSION
     versions: dict[str, str]
     git: str | None

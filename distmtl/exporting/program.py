@@ -37,6 +37,11 @@ def lists(config: Config) -> list[str]:
     return [f.name for f in config.embedded if f.table_name in config.sequence_tables]
 
 
+def hashes(config: Config) -> list[int]:
+    """Rows that an id reads, of all embedded features in config order: a list's number of embeddings is a multiple of it."""
+    return [getattr(f, "hashes", 1) for f in config.embedded]
+
+
 class Program(nn.Module):
     """MultiTaskModel behind its tables, with its parameters' names.
 
@@ -69,20 +74,19 @@ def save(config: Config, parameters: dict[str, Tensor]) -> bytes:
     own = {name.removeprefix("model."): value for name, value in parameters.items() if name.startswith("model.")}
     program.load_state_dict({name: own[name] for name in program.state_dict()})
     program.eval()
-    rows, ids = torch.export.Dim("rows", min=LEAST), 3
-    batch, copies = 5, config.copies
-    lengths = torch.full((len(program.keys), batch), ids, dtype=torch.int32)
-    width = {f.name: f.dim * copies for f in config.embedded}
+    rows, batch, per_row = torch.export.Dim("rows", min=LEAST), 5, dict(zip(program.keys, hashes(config), strict=True))
+    lengths = torch.tensor([[3 * n] * batch for n in per_row.values()], dtype=torch.int32)
+    width = {f.name: f.dim * config.copies for f in config.embedded}
     example = (
         torch.zeros(batch, sum(program.widths)),
-        [torch.zeros(batch * ids, width[name]) for name in program.lists],
+        [torch.zeros(batch * 3 * per_row[name], width[name]) for name in program.lists],
         lengths,
         torch.zeros(batch, sum(f.width for f in config.dense)),
         torch.zeros(batch, dtype=torch.int64) if config.domain else None,
     )
     dynamic = (
         {0: rows},
-        [{0: torch.export.Dim(f"ids_{i}", min=LEAST)} for i in range(len(program.lists))],
+        [{0: per_row[name] * torch.export.Dim(f"ids_{i}", min=LEAST)} for i, name in enumerate(program.lists)],
         {1: rows},
         {0: rows},
         {0: rows} if config.domain else None,

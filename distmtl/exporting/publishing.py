@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from distmtl.checkpoint import Checkpoint
 from distmtl.errors import DistmtlError
 from distmtl.exporting.manifest import MANIFEST, Manifest, RowFormat, read
 from distmtl.exporting.writer import Say, export, export_delta, source
@@ -50,27 +51,36 @@ def published(folder: Path) -> Published | None:
     return Published(full, tuple(deltas), newest)
 
 
-def publish(
-    checkpoint: str, before: str | None, folder: Path, *, full_every: int, row_format: RowFormat = "fp32", say: Say = print
-) -> Manifest:
-    """Publish a checkpoint: full, or, fewer than `full_every` publishes after a full one, what changed since the checkpoint `before`.
-    Does nothing when it is what was published last. Older exports that nothing follows from are deleted.
+def publish(checkpoint: str, folder: Path, *, full_every: int, row_format: RowFormat = "fp32", say: Say = print) -> Manifest:
+    """Publish a checkpoint of a chain of runs: full, or, fewer than `full_every` publishes after a full one, what changed since the one
+    published last, while that is kept. Does nothing when it is that very one. Older exports that nothing follows from are deleted.
 
-    Args:
-        before: the checkpoint that was published last; None where it is gone.
+    Raises:
+        DistmtlError: no such checkpoint, or the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     last, found = published(folder), find_checkpoint(checkpoint)
     if last and last.newest.checkpoint == source(found):
         return last.newest
     number = last.newest.sequence + 1 if last else 0
-    known = before and last and last.newest.checkpoint == source(find_checkpoint(before)) and last.newest.row_format == row_format
-    if last and before and known and len(last.deltas) + 1 < full_every:
-        manifest = export_delta(checkpoint, before, last.newest, str(folder / f"{number:06d}-delta"), say=say)
+    before = _kept(found, last.newest) if last else None
+    if last and before and last.newest.row_format == row_format and len(last.deltas) + 1 < full_every:
+        name = f"{number:06d}-delta"
+        manifest = export_delta(checkpoint, before, last.newest, str(folder / name), say=lambda text: None)
     else:
-        manifest = export(checkpoint, str(folder / f"{number:06d}-full"), row_format, sequence=number, say=say)
+        name = f"{number:06d}-full"
+        manifest = export(checkpoint, str(folder / name), row_format, sequence=number, say=lambda text: None)
         _retain(folder)
+    size = sum(size for size, _ in manifest.files.values()) / 2**20
+    say(f"published {folder / name}: step {manifest.step:,} of {manifest.checkpoint}, {size:,.1f} MiB")
     return manifest
+
+
+def _kept(found: Checkpoint, newest: Manifest) -> str | None:
+    """The checkpoint that `newest` was made of, in the same run or in another one of the chain; None if it is gone."""
+    run, _, name = newest.checkpoint.partition("/")
+    path = found.path.parent.parent.parent / run / "checkpoints" / name
+    return str(path) if path.exists() else None
 
 
 def in_order(folder: Path) -> list[Path]:

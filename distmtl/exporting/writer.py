@@ -27,6 +27,7 @@ from distmtl.exporting.card import card
 from distmtl.exporting.manifest import MODEL, Manifest, RowFormat, complete
 from distmtl.exporting.row_formats import pack
 from distmtl.exporting.table_rows import StoredTable, stored_tables
+from distmtl.model.normalisation import seen_domains
 from distmtl.run_directory import checkpoint_config, find_checkpoint, saved_calibrations
 from distmtl.versions import git_commit, versions
 
@@ -109,7 +110,8 @@ def _changed(now: StoredTable, then: StoredTable) -> tuple[Tensor, Tensor]:
 
 def _finish(folder: Path, found: Checkpoint, config: Config, row_format: RowFormat, *, base: str = "", sequence: int = 0) -> Manifest:
     """All but the tables, and the manifest."""
-    (folder / MODEL).write_bytes(program.save(config, checkpoint.dense(found)))
+    dense = checkpoint.dense(found)
+    (folder / MODEL).write_bytes(program.save(config, dense))
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     manifest = Manifest(
         base=base,
@@ -122,6 +124,7 @@ def _finish(folder: Path, found: Checkpoint, config: Config, row_format: RowForm
         config=config.model_dump(mode="json"),
         columns=found.manifest.get("columns") or _columns(found, config),
         calibrations=saved_calibrations(found),
+        domains=seen_domains(dense),
         versions=versions(),
         git=git_commit(),
     )

@@ -93,6 +93,8 @@ class FeatureVector(nn.Module):
         self.dims = [f.dim for f in config.embedded]
         self.copies = config.copies
         self.mean = [i for i, f in enumerate(config.embedded) if f.pooling == "mean"]
+        self.register_buffer("divided", torch.tensor(self.mean, dtype=torch.int64), persistent=False)
+        self.divided: Tensor
         self.dense = DenseColumns(config)
         self.guard = Guard()
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
@@ -108,7 +110,7 @@ class FeatureVector(nn.Module):
     ) -> Features:
         scales = None
         if self.mean:
-            scales = 1.0 / ids.lengths().view(len(self.keys), -1)[self.mean].clamp(min=1)
+            scales = 1.0 / ids.lengths().view(len(self.keys), -1).index_select(0, self.divided).clamp(min=1)
         values, widths = pooled.values(), dict(zip(pooled.keys(), pooled.length_per_key(), strict=True))
         if sequences:
             values = torch.cat([*([values] if widths else []), *sequences.values()], dim=1)

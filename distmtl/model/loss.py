@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 
 import torch
 import torch.distributed as dist
@@ -147,7 +149,7 @@ class JointLoss(nn.Module):
         elif self.cut is not None:
             self.cut.forget()
 
-        failed = sums.new_tensor([float(batch.error is not None)])
+        failed = sums.new_full((1,), float(batch.error is not None))
         shared = torch.cat([sums.detach(), weights.detach().sum(0), bad.sum(0), failed, gram.flatten()]).double()
         if dist.is_initialized():
             dist.all_reduce(shared)
@@ -181,11 +183,9 @@ class JointLoss(nn.Module):
 
     def _bad(self, finite: Tensor, errors: Tensor, weights: Tensor) -> Tensor:
         """(B, K): which errors count and are not finite, or come of an output that is not."""
-        bad = (weights > 0) & ~torch.isfinite(errors.detach())
-        of_tasks = torch.stack([finite[:, place].all(1) for place in self.terms.places], dim=1)
-        for k, read in enumerate(self.terms.reads):
-            bad[:, k] |= (weights[:, k] > 0) & ~(finite if read is None else of_tasks[:, read]).all(1)
-        return bad
+        of_tasks = [finite[:, place].all(1) for place in self.terms.places]
+        of_terms = [finite.all(1) if read is None else reduce(and_, [of_tasks[t] for t in read]) for read in self.terms.reads]
+        return (weights > 0) & ~(torch.isfinite(errors.detach()) & torch.stack(of_terms, dim=1))
 
     def _balance(self, step: int, losses: Tensor, weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """λ (T,) and the tasks' Gram matrix (T, T), from the terms' losses, weights and Gram matrix."""

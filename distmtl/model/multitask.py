@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingCollection, KeyedTensor
+from torchrec import KeyedTensor
 
 from distmtl.batch import Batch
 from distmtl.config import Config
@@ -55,9 +55,11 @@ class TrainModel(nn.Module):
 
 
 def initialise_dense(model: nn.Module, seed: int) -> None:
-    """Draw dense weights anew by (seed, module name): they depend on neither the order of building nor the layout."""
+    """Draw dense weights anew by (seed, module name), on CPU: they depend on neither the order of building, the layout nor the device."""
     for name, module in model.named_modules():
-        if hasattr(module, "reset_parameters") and not isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        if hasattr(module, "reset_parameters") and device.type != "meta":  # where tables are, until they are sharded
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-                module.reset_parameters()
+                module.to("cpu").reset_parameters()
+                module.to(device)

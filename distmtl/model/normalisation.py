@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -135,6 +135,12 @@ def _over_ranks(x: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def seen_domains(parameters: Mapping[str, Tensor]) -> list[int] | None:
+    """Of a checkpoint's dense tensors, the domains that every normalisation has statistics of; None where no head asked for them."""
+    seen = [values > 0 for name, values in parameters.items() if name.endswith(".seen") and values.numel() > 1]
+    return torch.stack(seen).all(0).nonzero()[:, 0].tolist() if seen else None
 
 
 def unseen_domain(model: nn.Module, batch: Batch, config: Config, locate: Callable[[int], str]) -> str | None:

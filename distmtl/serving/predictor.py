@@ -69,6 +69,8 @@ class Predictor:
         self.schema = pa.schema([(name, arrow_type(self.manifest.columns[name])) for name in self.collate.columns])
         self.lookup = Lookup(self.config, self.manifest.row_format)
         self.lookup.load(folder)
+        self.hashes = program.hashes(self.config)
+        self.hashes_of_lists = [h for h, key in zip(self.hashes, self.lookup.keys, strict=True) if key in self.lookup.lists]
         self._take(folder, self.manifest)
 
     def _take(self, folder: Path, of: Manifest) -> None:
@@ -131,6 +133,7 @@ class Predictor:
             none = {t.name: np.zeros((0, t.classes) if isinstance(t, MulticlassTask) else 0, np.float32) for t in self.config.tasks}
             return Scored(none, np.zeros(0, np.int64), np.zeros(0, np.int64))
         rows = self.collate(table.append_column(ROW, pa.array(np.arange(n))))
+        self._refuse_unseen(rows.domain)
         batch = batch_of([(rows, 0, n)], self.collate.keys, n)
         with torch.inference_mode():
             outputs = self._outputs(batch.sparse, batch.dense, batch.domain)
@@ -138,17 +141,26 @@ class Predictor:
             predictions = {t.name: served(t, p) for t, p in zip(self.config.tasks, predicted, strict=True)}
         return Scored(predictions, batch.sparse.lengths().numpy().reshape(-1, n).sum(0), rows.replaced)
 
+    def _refuse_unseen(self, domains: np.ndarray | None) -> None:
+        if domains is None or self.manifest.domains is None:
+            return
+        if (unseen := ~np.isin(domains, self.manifest.domains)).any():
+            row = int(np.flatnonzero(unseen)[0])
+            raise DistmtlError(
+                f"domain {domains[row]} of row {row} was never seen in training; leave such rows out, or train on rows of that "
+                f"{self.config.domain}"
+            )
+
     def _outputs(self, ids: KeyedJaggedTensor, dense: Tensor, domain: Tensor | None) -> Tensor:
         """(B, O). The program takes no fewer rows and ids than program.LEAST: what is missing is made up, and left out again."""
         pooled, lists = self.lookup(ids)
         lengths = ids.lengths().view(len(self.lookup.keys), -1)
-        n = lengths.shape[1]
-        if n < program.LEAST or any(x.shape[0] < program.LEAST for x in lists):
-            made_up = program.LEAST
-            pooled, dense = (torch.cat([x, x.new_zeros(made_up, x.shape[1])]) for x in (pooled, dense))
-            lists = [torch.cat([x, x.new_zeros(made_up, x.shape[1])]) for x in lists]
-            lengths = torch.cat([lengths, lengths.new_ones(len(lengths), made_up)], dim=1)
-            domain = None if domain is None else torch.cat([domain, domain.new_zeros(made_up)])
+        n, more = lengths.shape[1], program.LEAST
+        if n < more or any(x.shape[0] < more * hashes for x, hashes in zip(lists, self.hashes_of_lists, strict=True)):
+            pooled, dense = (torch.cat([x, x.new_zeros(more, x.shape[1])]) for x in (pooled, dense))
+            lists = [torch.cat([x, x.new_zeros(more * h, x.shape[1])]) for x, h in zip(lists, self.hashes_of_lists, strict=True)]
+            lengths = torch.cat([lengths, lengths.new_tensor(self.hashes)[:, None].expand(-1, more)], dim=1)
+            domain = None if domain is None else torch.cat([domain, domain.new_zeros(more)])
         return self.program(pooled, lists, lengths, dense, domain)[:n]
 
 

@@ -18,21 +18,43 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
-from worlds import train_world
+from worlds import run_world, train_world
 
-from distmtl import Predictor, export
+from distmtl import Predictor
+from distmtl import export as write_export
 from distmtl.config import Config
 from distmtl.config_file import parse_config
 from distmtl.errors import DistmtlError
-from distmtl.exporting import program
-from distmtl.exporting.manifest import MANIFEST, MODEL
-from distmtl.exporting.publishing import publish, published
+from distmtl.exporting import program, publishing
+from distmtl.exporting.manifest import MANIFEST, MODEL, Manifest, RowFormat
+from distmtl.exporting.publishing import published
 from distmtl.exporting.row_formats import pack, unpack
 from distmtl.exporting.table_rows import stored_tables
 from distmtl.run_directory import find_checkpoint
-from distmtl.serving.comparison import checkpoint_predictions, compare, refuse_apart
+from distmtl.serving.comparison import Comparison, checkpoint_predictions, compare, refuse_apart
 
 quiet = lambda text: None  # noqa: E731
+
+
+def export(path: str, out: Path | str, row_format: RowFormat = "fp32") -> Manifest:
+    """In a process of its own, as every test that trains wants it: torch.export leaves threads behind, and ranks are forked."""
+    return run_world(_export, 1, path, str(out), row_format)[0]
+
+
+def _export(path: str, out: str, row_format: RowFormat) -> Manifest:
+    return write_export(path, out, row_format, say=quiet)
+
+
+def publish(checkpoint: str, folder: Path, full_every: int) -> Manifest:
+    return run_world(_publish, 1, checkpoint, folder, full_every)[0]
+
+
+def _publish(checkpoint: str, folder: Path, full_every: int) -> Manifest:
+    return publishing.publish(checkpoint, folder, full_every=full_every, say=quiet)
+
+
+def _compare(path: str, out: str) -> list[Comparison]:
+    return compare(path, out, rows=300)
 
 
 def trained(config: Config, steps: int = 3, workers: int = 1) -> Config:
@@ -44,8 +66,8 @@ def trained(config: Config, steps: int = 3, workers: int = 1) -> Config:
 
 def apart(config: Config, out: Path) -> float:
     """The largest difference of a prediction."""
-    export(config.run_dir, str(out), say=quiet)
-    found = compare(config.run_dir, str(out), rows=300)
+    export(config.run_dir, out)
+    found = run_world(_compare, 1, config.run_dir, str(out))[0]
     refuse_apart(found)
     assert [c.task for c in found] == [t.name for t in config.tasks]
     return max(c.difference for c in found)
@@ -54,6 +76,17 @@ def apart(config: Config, out: Path) -> float:
 @pytest.mark.parametrize("head", test_head_contract.HEADS)
 def test_every_head(tiny_data, tmp_path, head):
     assert apart(trained(test_head_contract.config_for(head, tiny_data, tmp_path / "run")), tmp_path / "out") <= 1e-5
+
+
+def test_a_domain_that_was_never_trained_on(tiny_data, tmp_path):
+    raw = test_head_contract.config_for("star", tiny_data, tmp_path / "run").model_dump(mode="json")
+    next(f for f in raw["features"] if f["name"] == "domain")["rows"] = 4
+    config = trained(parse_config(raw))
+    export(config.run_dir, tmp_path / "out")
+    predictor, table = Predictor(tmp_path / "out"), rows_of(config, 3)
+    assert predictor.manifest.domains == [0, 1, 2]
+    with pytest.raises(DistmtlError, match="domain 3 of row 1 was never seen in training"):
+        predictor(table.set_column(table.schema.names.index("domain"), "domain", [[0, 3, 1]]))
 
 
 SHARDED = [("row_wise", "sgd", 2), ("column_wise", "adagrad", 2), ("table_wise", "sgd", 1)]
@@ -104,7 +137,7 @@ def run(tiny_data, tmp_path_factory) -> Config:
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "model"
-    export(run.run_dir, str(out), say=quiet)
+    export(run.run_dir, out)
     return out
 
 
@@ -123,13 +156,13 @@ def test_any_number_of_rows(run, exported, n):
 def test_rows_without_any_id(tiny_data, tmp_path):
     """Lists that are all empty, one row: less than a program has ever seen."""
     config = trained(test_sequence_tables.config_for(tiny_data, tmp_path / "run"))
-    export(config.run_dir, str(tmp_path / "out"), say=quiet)
+    export(config.run_dir, tmp_path / "out")
     table = rows_of(config, 200)
     lengths = np.array([len(tags) for tags in table["tags"].to_pylist()])
     empty, first = table.take(np.flatnonzero(lengths == 0)[:1]), table.slice(0, 1)
     predictor = Predictor(tmp_path / "out")
     for some in (empty, first):
-        expected, got = checkpoint_predictions(config.run_dir, some), predictor(some)
+        expected, got = run_world(checkpoint_predictions, 1, config.run_dir, some)[0], predictor(some)
         assert all(np.abs(expected[t] - got[t]).max() <= 1e-6 for t in expected)
 
 
@@ -144,7 +177,7 @@ def test_quantised_rows(tiny_data, tmp_path):
     table = pq.read_table(config.data.validation)
     known, scores = table["click"].to_numpy(), {}
     for row_format in ("fp32", "fp16", "int8"):
-        export(config.run_dir, str(tmp_path / row_format), row_format, say=quiet)
+        export(config.run_dir, tmp_path / row_format, row_format)
         scores[row_format] = Predictor(tmp_path / row_format)(table)["click"]
     auc = {name: roc_auc_score(known, s) for name, s in scores.items()}
     assert abs(auc["int8"] - auc["fp32"]) <= 1e-3 and abs(auc["fp16"] - auc["fp32"]) <= 1e-3
@@ -170,12 +203,12 @@ def test_deltas_make_the_newer_export_of_the_older(run, tmp_path):
     """The bytes are the same as a full export's, only changed rows are in it; retention keeps what serving needs."""
     old, new = (str(p) for p in sorted((Path(run.run_dir) / "checkpoints").iterdir()))
     folder = tmp_path / "published"
-    first = publish(old, None, folder, full_every=3, say=quiet)
-    second = publish(new, old, folder, full_every=3, say=quiet)
-    assert publish(new, old, folder, full_every=3, say=quiet) == second  # a restart publishes nothing twice
+    first = publish(old, folder, 3)
+    second = publish(new, folder, 3)
+    assert publish(new, folder, 3) == second  # a restart publishes nothing twice
     found = published(folder)
     assert found is not None and found.newest == second and second.base == first.digest and (first.sequence, second.sequence) == (0, 1)
-    export(new, str(tmp_path / "new"), say=quiet)
+    export(new, tmp_path / "new")
     updated, whole = Predictor(found.full), Predictor(tmp_path / "new")
     for delta in found.deltas:
         updated.apply(delta)
@@ -189,11 +222,11 @@ def test_deltas_make_the_newer_export_of_the_older(run, tmp_path):
         Predictor(found.deltas[0])
     with pytest.raises(DistmtlError, match="apply those between first"):
         whole.apply(found.deltas[0])
-    publish(old, new, folder, full_every=3, say=quiet)
-    publish(new, old, folder, full_every=3, say=quiet)
+    publish(old, folder, 3)
+    publish(new, folder, 3)
     assert [p.name for p in sorted(folder.iterdir())] == ["000000-full", "000001-delta", "000002-delta", "000003-full"]
-    for before, after in ((new, old), (old, new), (new, old)):
-        publish(after, before, folder, full_every=1, say=quiet)
+    for checkpoint in (old, new, old):
+        publish(checkpoint, folder, 1)
     assert [p.name for p in sorted(folder.iterdir())] == ["000005-full", "000006-full"]
 
 
@@ -242,7 +275,7 @@ def test_no_pickle_is_loaded(exported, tmp_path):
 def test_where_it_goes_must_be_empty(run, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DistmtlError, match="is not empty"):
-        export(run.run_dir, str(tmp_path), say=quiet)
+        export(run.run_dir, tmp_path)
     with pytest.raises(DistmtlError, match="no such folder"):
-        export(str(tmp_path / "nothing"), str(tmp_path / "out"), say=quiet)
+        export(str(tmp_path / "nothing"), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

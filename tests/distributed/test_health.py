@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_head_contract import HEADS, config_for
+from heads import HEADS, config_for
 from torch.nn import functional as F
 from worlds import records, run_world, train_world
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -13,6 +14,8 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +118,24 @@ def test_serve(tiny_data, tmp_path):
         client.join()
         assert process.returncode == 0 and "stopping" in out, err
         assert "Traceback" not in err and answers.count(200) > 0 and set(answers) <= {200, 404, 503}
+
+
+def test_the_readmes_road_to_a_score(tmp_path):
+    """Its commands, after a small run in the quickstart's place."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    block = text.split("## From the log to a score over HTTP")[1].split("\n\n")[1]
+    quickstart, export, serve, *curl = [line.removeprefix("    ") for line in block.splitlines()]
+    assert quickstart == "make quickstart"
+    run = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True, text=True)
+    distmtl = [sys.executable, "-m", "distmtl"]
+    run([*distmtl, "synth", "--out", "data/synthetic", "--rows", "20000"])
+    limits = ["train.steps=5", "run.dir=runs/quickstart"]
+    run([sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "distmtl", "train", "data/synthetic/mmoe.yaml", *limits])
+    run([*distmtl, *shlex.split(export)[1:]])
+    with serving(str(tmp_path / shlex.split(serve)[2])) as (_, port):
+        answer = json.loads(run(shlex.split("\n".join(curl).replace("localhost:8000", f"127.0.0.1:{port}"))).stdout)
+    assert set(answer["scores"]) == {"click", "conversion"} and sorted(answer["order"]) == [0, 1, 2]
+    assert answer["fused"] == pytest.approx(np.prod([*answer["scores"].values()], axis=0))
 
 
 @pytest.mark.slow

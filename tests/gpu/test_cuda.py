@@ -1,35 +1,247 @@
-"""What to run first on a machine with CUDA (docs/cuda.md). Nobody has yet: here it is only collected."""
+"""On one CUDA device what holds on CPU: TorchRec's overlapping pipeline, NCCL, FBGEMM's kernels, against plain PyTorch on CPU."""
 
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from heads import HEADS, config_for
+from states import state_of
+from torchrec.distributed import TrainPipelineSparseDist
+from worlds import saved_state
 
-from distmtl.loop import train
+import distmtl
+from distmtl.config import Config, WeightingConfig
+from distmtl.config_file import parse_config
+from distmtl.distributed.process import process_group
+from distmtl.errors import DistmtlError
+from distmtl.loop import Training, open_splits, train
 from distmtl.model.kernels import linear_relu, mix, segment_sum, spread
+from distmtl.progress import Progress
+from distmtl.verification import ShortRun, loaded_state, short_run, unsharded_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+SGD = {"tables": {"kind": "sgd", "lr": 0.1}, "dense": {"kind": "sgd", "lr": 0.05}}
+WEIGHTINGS = [kind for c in get_args(get_args(WeightingConfig)[0]) for kind in get_args(c.model_fields["kind"].annotation)]
+SEQUENCES = [
+    {"name": "history", "table": "item", "rows": 50, "pooling": "target", "target": "item", "attention": [6], "max_length": 3},
+    {"name": "shelf", "rows": 20, "pooling": "attention", "max_length": 2, "too_long": "newest"},
+    {"name": "shelf_again", "table": "shelf", "rows": 20, "pooling": "mean", "max_length": 3},
+    {"name": "words", "rows": 20, "pooling": "sum", "max_length": 3, "dim": 4},
+]  # fmt: skip
 
-@pytest.mark.parametrize("weighting", ["static", "pcgrad"])
-def test_a_run_on_cuda_learns_what_one_on_cpu_does(tmp_path, weighting):
+
+def on(device: str, config: Config) -> Config:
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"device": device})})
+
+
+def run_of(folder: Path, run: Path, device: str, **sections: Any) -> Config:
+    return tiny.config(folder, run, **{"cluster": {"device": device}, **sections})
+
+
+def assert_equals_plain_pytorch_on_cpu(config: Config, weights: bool = True) -> ShortRun:
+    """Losses, λ and, with `weights`, everything that is trained."""
+    run = short_run(on("cuda", config), steps=5)
+    run = replace(
+        run,
+        losses=run.losses.cpu(),
+        weighting=run.weighting.cpu(),
+        before={n: v.cpu() for n, v in run.before.items()},
+        after={n: v.cpu() for n, v in run.after.items()},
+    )
+    losses, weighting, expected = unsharded_run(config, [run])
+    torch.testing.assert_close(run.losses, losses, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run.weighting, weighting, rtol=1e-4, atol=0)
+    for name in expected if weights else ():
+        torch.testing.assert_close(run.after[name], expected[name], rtol=1e-5, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+    return run
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_head(tiny_data, tmp_path, kind):
+    assert_equals_plain_pytorch_on_cpu(config_for(kind, tiny_data, tmp_path))
+
+
+@pytest.mark.parametrize("kind", WEIGHTINGS)
+def test_every_weighting(tiny_data, tmp_path, kind):
+    options = {"window": 1} if kind == "dwa" else {}
+    assert_equals_plain_pytorch_on_cpu(tiny.config(tiny_data, tmp_path, weighting={"kind": kind, **options}, optimizer=SGD))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "column_wise"])
+def test_every_sharding_type(tiny_data, tmp_path, sharding, optimizer):
+    """Of bags and sequences, tables that several features read, and two widths."""
+    if (sharding, optimizer) == ("column_wise", "rowwise_adagrad"):
+        pytest.skip("its momentum is of whole rows")
+    raw = tiny.raw(tiny_data, tmp_path, optimizer={"tables": {"kind": optimizer, "lr": 0.1}, "dense": {"kind": "sgd", "lr": 0.05}})
+    raw["features"][0]["dim"] = raw["features"][1]["dim"] = 64
+    raw["features"] += [{"kind": "sequence", "column": "tags", "dim": 64, **s} for s in SEQUENCES]
+    raw["tables"] = {t: {"sharding": [sharding]} for t in ("user", "item", "shelf")}
+    run = assert_equals_plain_pytorch_on_cpu(parse_config(raw), weights=optimizer == "sgd")
+    assert {run.sharding[t] for t in raw["tables"]} == {sharding}
+
+
+def test_the_host_waits_for_nothing_of_ours_in_a_step(tiny_data, tmp_path):
+    """What waits is TorchRec's distribution of the next ids, on a stream of its own."""
+    config = run_of(tiny_data, tmp_path, "cuda")
+    with process_group(config) as process, warnings.catch_warnings(record=True) as seen:
+        training = Training(config, process, open_splits(config), Progress(None, False, print))
+        assert isinstance(training.pipeline, TrainPipelineSparseDist)
+        source = iter(list(training.reader.batches(0, 4)))
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for step in range(4):
+                training.optimizers.set_step(step)
+                numbers = training.pipeline.progress(source)
+                training.meter.add(numbers)
+                training.health.add(numbers)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in seen if "synchronizing" in str(w.message)]
+    assert waits and [w for w in waits if w.startswith(str(Path(distmtl.__file__).parent))] == []
+
+
+@pytest.mark.parametrize("dense", ["adam", "adamw", "sgd"])
+def test_a_skipped_step_changes_nothing(tiny_data, tmp_path, dense):
+    """Although the host does not know in time, under the optimizers whose kernels look for themselves."""
+    config = run_of(tiny_data, tmp_path, "cuda", optimizer={"tables": {"kind": "rowwise_adagrad", "lr": 0.1}, "dense": {"kind": dense}})
+    with process_group(config) as process:
+        training = Training(config, process, open_splits(config), Progress(None, False, print))
+        batches = list(training.reader.batches(0, 4))
+        batches[0].labels[3] = batches[2].labels[3] = torch.nan
+        source, states, trained = iter(batches), [state_of(training)], []
+        for _ in range(4):
+            numbers = training.pipeline.progress(source)
+            trained.append(bool(numbers.trained))
+            states.append(state_of(training))
+    assert trained == [False, True, False, True]
+    for before, after, moved in zip(states, states[1:], trained, strict=False):
+        names = [n for n in before if "/exp_avg" not in n and not n.endswith("/step")]
+        assert [n for n in names if not torch.equal(before[n], after[n])] if moved else all(torch.equal(before[n], after[n]) for n in names)
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_loss_that_is_not_finite_is_told_by_its_step(tmp_path, policy):
     tiny.write(tmp_path)
+    file = tmp_path / "train" / "part-1.parquet"
+    table = pq.read_table(file)
+    rating = [1e30 if i == 700 else v for i, v in enumerate(table["rating"].to_pylist())]
+    pq.write_table(table.set_column(table.column_names.index("rating"), "rating", pa.array(rating)), file, row_group_size=310)
+    said: dict[str, list[str]] = {}
+    saved: dict[str, str] = {}
+    for device in ("cpu", "cuda"):
+        options = {"log_every": 7, "save_every": 2, "eval_every": 24, "non_finite": {"policy": policy}}
+        config, seen = run_of(tmp_path, tmp_path / device, device, train=options), []
+        try:
+            train(config, report=seen.append)
+        except DistmtlError as e:
+            seen.append({"kind": "note", "text": str(e)})
+        said[device] = [r["text"].replace(str(tmp_path / device), "") for r in seen if r["kind"] == "note"]
+        saved[device] = max(p.name for p in (tmp_path / device / "checkpoints").iterdir())
+    assert said["cuda"] == said["cpu"] and any("the loss of rating is not finite" in text for text in said["cpu"])
+    assert saved["cuda"] == saved["cpu"]
+
+
+def trained_in_parts(folder: Path, run: Path, first: str, second: str, tables: str) -> list[Config]:
+    """Twenty steps on one device; the same from step 10 on another."""
+    sections = {
+        "optimizer": {"tables": {"kind": tables, "lr": 0.02}, "dense": {"kind": "adam", "lr": 0.01}},
+        "train": {"steps": 20, "eval_every": 10, "save_every": 10, "log_every": 1, "keep": 9},
+    }
+    whole, parts = run_of(folder, run / "whole", first, **sections), run_of(folder, run / "parts", second, **sections)
+    train(whole, report=lambda record: None)
+    shutil.copytree(whole.run_dir, parts.run_dir, ignore=shutil.ignore_patterns("step-000000020-0", "result.json", "metrics.jsonl"))
+    return [whole, parts]
+
+
+@pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_checkpoint_goes_on_on_the_other_device(tiny_data, tmp_path, first, second):
+    whole, parts = trained_in_parts(tiny_data, tmp_path, first, second, "rowwise_adagrad")
+    loaded = [{n: v.cpu() for n, v in loaded_state(on(device, parts)).items()} for device in (first, second)]
+    assert loaded[0].keys() == loaded[1].keys() and all(torch.equal(v, loaded[1][n]) for n, v in loaded[0].items())
+    train(parts, report=lambda record: None)
+    a, b = ([r["loss"] for r in told(config, "train") if r["step"] > 10] for config in (whole, parts))
+    assert len(a) == 10 and b == pytest.approx(a, rel=1e-4)
+
+
+@pytest.mark.parametrize("tables", ["rowwise_adagrad", "adam", "sgd"])
+def test_resumed_equals_uninterrupted(tiny_data, tmp_path, tables):
+    """To the last bit."""
+    whole, parts = trained_in_parts(tiny_data, tmp_path, "cuda", "cuda", tables)
+    train(parts, report=lambda record: None)
+    a, b = (saved_state(config, 20) for config in (whole, parts))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def told(config: Config, kind: str) -> list[dict[str, Any]]:
+    return [r for r in map(json.loads, (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+def test_adam_of_tables(tiny_data, tmp_path):
+    """Kingma and Ba 2015: with its bias corrected, the first step moves by lr wherever there is a gradient."""
+    optimizer = {"tables": {"kind": "adam", "lr": 0.01, "betas": [0.8, 0.99], "eps": 1e-12}, "dense": {"kind": "sgd", "lr": 0.1}}
+    run = short_run(run_of(tiny_data, tmp_path, "cuda", optimizer=optimizer), steps=1)
+    name = "model.embeddings.embedding_bags.item.weight"
+    moved = (run.after[name] - run.before[name]).abs().cpu()
+    touched = torch.zeros(len(moved), dtype=torch.bool)
+    touched[run.batches[0].sparse["item"].values().long()] = True
+    torch.testing.assert_close(moved, torch.where(touched[:, None], 0.01, 0.0).expand_as(moved), rtol=1e-3, atol=0)
+
+
+def test_evaluation_on_cuda_is_that_on_cpu(tiny_data, tmp_path):
+    """Of the same checkpoint, with a calibration fitted on either."""
+    raw = tiny.raw(tiny_data, tmp_path / "cuda", train={"steps": 20}, cluster={"device": "cuda"})
+    raw["tasks"][0]["calibration"] = {"kind": "platt"}
+    config = parse_config(raw)
+    on_cuda = train(config, report=lambda record: None)
+    shutil.copytree(config.run_dir, tmp_path / "cpu", ignore=shutil.ignore_patterns("result.json", "calibration.json"))
+    again = train(parse_config({**raw, "run": {"dir": str(tmp_path / "cpu")}, "cluster": {"device": "cpu"}}), report=lambda record: None)
+    assert (on_cuda["device"], again["device"], again["steps"]) == ("cuda", "cpu", 20)
+    for task, metrics in again["metrics"]["validation"].items():
+        assert on_cuda["metrics"]["validation"][task] == pytest.approx(metrics, rel=1e-4), task
+
+
+@pytest.mark.parametrize("sections", [{}, {"weighting": {"kind": "pcgrad"}}, {"optimizer": {"clip_norm": 0.5}}])
+def test_a_run_on_cuda_learns_what_one_on_cpu_does(tiny_data, tmp_path, sections):
     losses = {}
     for device in ("cpu", "cuda"):
-        seen: list[dict] = []
-        sections = {"cluster": {"device": device}, "train": {"global_batch_size": 128, "steps": 20, "log_every": 1}}
-        sections["weighting"] = {"kind": weighting}
-        train(tiny.config(tmp_path, tmp_path / device, **sections), report=seen.append)
-        losses[device] = [r["loss"] for r in seen if r["kind"] == "train"]
+        config = run_of(tiny_data, tmp_path / device, device, train={"global_batch_size": 128, "steps": 20, "log_every": 1}, **sections)
+        train(config, report=lambda record: None)
+        losses[device] = [r["loss"] for r in told(config, "train")]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
 
 
-def test_bf16_on_cuda(tmp_path):
-    tiny.write(tmp_path)
-    sections = {"cluster": {"device": "cuda"}, "train": {"global_batch_size": 128, "steps": 20, "precision": "bf16"}}
-    assert train(tiny.config(tmp_path, tmp_path / "run", **sections))["device"] == "cuda"
+def test_bf16_learns_what_fp32_does(tiny_data, tmp_path):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        options = {"global_batch_size": 128, "steps": 20, "log_every": 1, "precision": precision}
+        config = run_of(tiny_data, tmp_path / precision, "cuda", train=options)
+        assert train(config, report=lambda record: None)["device"] == "cuda"
+        losses[precision] = [r["loss"] for r in told(config, "train")]
+    assert losses["bf16"] != losses["fp32"] and losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-2)
 
 
-def test_kernels_on_cuda():
+def test_a_profile_shows_the_device(tiny_data, tmp_path):
+    train(run_of(tiny_data, tmp_path, "cuda", train={"steps": 6, "profile": {"first_step": 2, "steps": 2}}), report=lambda record: None)
+    (trace,) = (tmp_path / "profile").glob("*.json*")
+    assert '"cat": "kernel"' in trace.read_text()
+
+
+def test_kernels():
     x, w, b = (torch.randn(*s, dtype=torch.float64, device="cuda", requires_grad=True) for s in ((9, 5), (3, 4, 5), (3, 4)))
     assert torch.autograd.gradcheck(lambda x, w, b: tuple(linear_relu([x] * 3, w, b)), (x, w, b))
     gates, experts = (torch.randn(*s, dtype=torch.float64, device="cuda", requires_grad=True) for s in ((2, 3, 9), (3, 9, 4)))
