@@ -87,6 +87,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="options of the data set, such as protocol=P2 or fold=1")
 
     p = command(
+        "init", init, "Guess a first config from a CSV or Parquet log, explain every line of it, and write splits to train on.",
+        "distmtl init logs.csv --labels click,purchase --out data/logs",
+    )  # fmt: skip
+    p.add_argument("data", metavar="DATA", help="a file, a folder or a glob")
+    p.add_argument("--labels", required=True, type=lambda text: text.split(","), metavar="COLUMN[,…]", help="what is to be predicted")
+    p.add_argument("--out", type=Path, metavar="DIR", help="new folder for config and splits (default: NAME-distmtl)")
+    p.add_argument("--group", metavar="COLUMN", help="groups of GAUC (default: a column called like a user or a session)")
+    p.add_argument(
+        "--time", metavar="COLUMN", help="the last rows by it are held out (default: a column that is a time; without one, at random)"
+    )
+    p.add_argument("--weight", metavar="COLUMN", help="sample weights (default: none)")
+    p.add_argument("--leave-out", type=lambda text: text.split(","), default=[], metavar="COLUMN[,…]", help="columns to make nothing of")
+
+    p = command(
         "train",
         train,
         "Train: on Ray Train workers, or as one rank under torchrun.",
@@ -247,6 +261,20 @@ def _option(text: str) -> tuple[str, str]:
     if not sep:
         raise DistmtlError(f"option {text!r} is not key=value")
     return key, value
+
+
+def init(a: argparse.Namespace) -> None:
+    from distmtl.data.init import Asked
+    from distmtl.data.init import init as run
+
+    draft = run(a.data, Asked(a.labels, a.group, a.time, a.weight, a.leave_out), a.out)
+    wide = [max(len(row[i]) for row in draft.columns) for i in range(3)]
+    for row in draft.columns:
+        print("  ".join([*(cell.ljust(w) for cell, w in zip(row[:3], wide)), row[3]]))
+    print("".join(f"note: {notice}\n" for notice in draft.notices), end="")
+    print(
+        f"wrote {draft.config} ({', '.join(f'{split} {n:,}' for split, n in draft.rows.items())} rows); next: distmtl train {draft.config}"
+    )
 
 
 def train(a: argparse.Namespace) -> int:
