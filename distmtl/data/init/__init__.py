@@ -24,7 +24,7 @@ from distmtl.data.init.guess import ID, Guess, guess, share_tables
 from distmtl.data.init.labels import comes_before, gives_away, parents_of, task_of
 from distmtl.data.init.page import Page
 from distmtl.data.init.sample import Column, read_sample, schema_of
-from distmtl.data.init.splits import is_time, ready_splits, split_by, write_splits
+from distmtl.data.init.splits import Split, is_time, ready_splits, split_by, write_splits
 from distmtl.data.output import new_folder
 from distmtl.errors import DistmtlError
 
@@ -87,56 +87,64 @@ def init(data: str, asked: Asked, out: Path | None = None) -> Draft:
     out = out or Path(f"{name}-distmtl")
     with new_folder(out) as folder:
         ready = ready_splits(data)
-        files = [] if ready else csv_files(data)
-        if files:
+        log = folder / "log.parquet"
+        if files := [] if ready else csv_files(data):
             asked.check(header(files[0])[0])
-            to_parquet(files, folder / "log.parquet", asked.left_out)
-        dataset = open_dataset(str(folder / "log.parquet") if files else ready.get("train", absolute(data)))
+            to_parquet(files, log, asked.left_out)
+        dataset = open_dataset(str(log) if files else ready.get("train", absolute(data)))
         copied = not ready and (bool(files) or dataset.rows <= COPIED_ROWS)
         schema = schema_of(dataset)
         asked.check(schema.names)
         columns, whole = _with_whole_ids(read_sample(dataset, schema), copied)
-
-        labels = {name: columns[name] for name in asked.labels}
+        labels = {label: columns[label] for label in asked.labels}
         tasks, notices = _tasks(labels)
         features, more = _features(columns, labels, asked, copied)
         notices += more
-        split = split_by([c for c in columns.values() if c.name not in {*asked.labels, *asked.left_out, asked.weight}], asked.time)
+
         if copied:
+            split = _split(columns, asked)
             rows = write_splits(folder, dataset, schema, split, whole)
-            (folder / "log.parquet").unlink(missing_ok=True)
-            places = {s: (s, f"{n:,} rows: {split.why(s)}") for s, n in rows.items()}
+            log.unlink(missing_ok=True)
+            lines = [(s, s, f"{n:,} rows: {split.why(s)}") for s, n in rows.items()]
         elif ready:
-            rows = {s: dataset.rows if s == "train" else open_dataset(path).rows for s, path in ready.items()}
-            places = {s: (path, f"{rows[s]:,} rows, as they were") for s, path in ready.items()}
+            rows = {s: open_dataset(path).rows for s, path in ready.items()}
+            lines = [(s, path, f"{rows[s]:,} rows, where they were") for s, path in ready.items()]
         else:
             rows = {"train": dataset.rows}
-            places = {
-                "train": (absolute(data), f"{dataset.rows:,} rows, too many to copy: move the last files elsewhere, name them validation")
-            }
-            notices.append(f"{dataset.rows:,} rows were not copied, so nothing is held out; name a validation set in the config")
-        lines = [(s, *place) for s, place in places.items()]
+            lines = [("train", absolute(data), f"{dataset.rows:,} rows: too many to copy, so nothing is held out")]
+            notices.append(
+                f"{dataset.rows:,} rows were not copied: move the last files to a folder of their own and name it as data.validation"
+            )
         if group := _group(columns, asked, labels):
             lines.append(("group", *group))
         if asked.weight:
             lines.append(("weight", asked.weight, "as asked: a factor on every loss"))
-        seen = len(next(iter(columns.values())).values)
-        about = (
-            f"A first config of {data}, from "
-            + ("all" if seen == dataset.rows else f"a sample of {seen:,} of its")
-            + f" {dataset.rows:,} rows."
+        seen = next(iter(columns.values())).rows
+        part = "all its" if seen == dataset.rows else f"a sample of {seen:,} of its"
+        page = Page(
+            name,
+            f"A first config of {data}, from {part} {dataset.rows:,} rows.",
+            lines,
+            features,
+            tasks,
+            rows["train"],
+            "validation" in rows,
         )
-        page = Page(name, about, lines, features, tasks, rows["train"], "validation" in rows)
         file = folder / page.file_name
         file.write_text(page.text(), encoding="utf-8")
         config = load_config(file)
         for s in rows:
             check_dataset(open_dataset(str(getattr(config.data, s))), config, s)
-    roles = {task.get("label", task["name"]): (task["kind"], why) for task, why in tasks}
-    roles |= {g.column: (_called(g), g.why) for g in features}
+    becomes = {task.get("label", task["name"]): (task["kind"], why) for task, why in tasks}
+    becomes |= {g.column: (_called(g), g.why) for g in features}
     if asked.weight:
-        roles[asked.weight] = ("weight", "as asked")
-    return Draft(out / page.file_name, rows, [(n, columns[n].holds, *roles[n]) for n in columns], notices)
+        becomes[asked.weight] = ("weight", "as asked")
+    return Draft(out / page.file_name, rows, [(n, c.holds, *becomes[n]) for n, c in columns.items()], notices)
+
+
+def _split(columns: dict[str, Column], asked: Asked) -> Split:
+    others = {*asked.labels, *asked.left_out, asked.weight} - {asked.time}
+    return split_by([c for c in columns.values() if c.name not in others], asked.time)
 
 
 def _called(g: Guess) -> str:
@@ -150,9 +158,9 @@ def _called(g: Guess) -> str:
 
 def _tasks(labels: dict[str, Column]) -> tuple[list[tuple[dict[str, Any], str]], list[str]]:
     names = _names(list(labels))
+    guessed = {label: task_of(column, names[label]) for label, column in labels.items()}
     parents, out, notices = parents_of(labels), [], []
-    for label, column in labels.items():
-        task, why = task_of(column, names[label])
+    for label, (task, why) in guessed.items():
         if parent := parents.get(label):
             task["parents"] = [names[parent]]
             why += f"; 1 only where {parent} is, so P({label} | {parent}) is learnt there (docs/models.md: funnels)"
@@ -264,4 +272,6 @@ def csv_files(data: str) -> list[Path]:
     files = sorted(p for p in found if p.name.lower().endswith(tuple(f"{kind}{end}" for kind in CSV for end in PACKED)))
     if files and (other := next((p for p in found if p.suffix in (".parquet", ".pq")), None)):
         raise DistmtlError(f"{data} holds CSV ({files[0].name}) and Parquet ({other.name}); name those of one format, such as {data}/*.csv")
+    if not files and place.is_file() and place.suffix not in (".parquet", ".pq"):
+        raise DistmtlError(f"{data} is neither CSV nor Parquet by its name; name a file that ends in {', '.join(CSV)} or .parquet")
     return files

@@ -118,8 +118,8 @@ def _refuse_mixed(column: _Column, paths: list[Path]) -> None:
         text, line = column.stranger
         where = paths[0] if len(paths) == 1 else f"the {len(paths)} files"
         raise DistmtlError(
-            f"column {column.name!r} of {where} holds numbers, but {column.values - column.numbers:,} of {column.values:,} values are none, "
-            f"such as {text!r:.60} in line {line}; mend them, leave them empty, or leave the column out (--leave-out {column.name})"
+            f"column {column.name!r} of {where} holds numbers, but {column.values - column.numbers:,} of {column.values:,} values "
+            f"are none, such as {text!r:.60} in line {line}; mend them, leave them empty, or add --leave-out {column.name}"
         )
 
 
@@ -144,15 +144,16 @@ def header(path: Path) -> tuple[list[str], str]:
 def _blocks(path: Path, header: list[str], delimiter: str) -> Iterator[list[pa.Array]]:
     """The columns of some thousand rows after the other, as text without surrounding spaces."""
     wrong: list[csv.InvalidRow] = []
+
+    def count(row: csv.InvalidRow) -> str:
+        wrong.append(row)
+        return "skip"
+
     try:
         reader = csv.open_csv(
             path,
             csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),  # with threads no line has a number
-            csv.ParseOptions(
-                delimiter=delimiter,
-                newlines_in_values=True,
-                invalid_row_handler=lambda row: "skip" if wrong.append(row) is None else "error",
-            ),
+            csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=count),
             csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), null_values=NULLS, strings_can_be_null=True),
         )
         for batch in reader:
@@ -167,6 +168,6 @@ def _blocks(path: Path, header: list[str], delimiter: str) -> Iterator[list[pa.A
     if wrong:
         first = wrong[0]
         raise DistmtlError(
-            f"{path}: {len(wrong):,} line{'s do' if len(wrong) > 1 else ' does'} not have the header's {len(header)} columns, the first is line "
-            f"{first.number} with {first.actual_columns}: {first.text!r:.60}; mend them, text with {delimiter!r} in it belongs in quotes"
+            f"{path}: {len(wrong):,} line{'s do' if len(wrong) > 1 else ' does'} not have the header's {len(header)} columns, the first is "
+            f"line {first.number} with {first.actual_columns}: {first.text!r:.60}; mend them, quote text with {delimiter!r} in it"
         )

@@ -102,7 +102,7 @@ def _list_left_out(column: Column) -> str | None:
     lengths = column.lengths[column.values.is_valid().to_numpy(zero_copy_only=False)]
     if lengths.min() != lengths.max():
         return f"lists of {lengths.min()} to {lengths.max()} floats; a vector needs one length"
-    if not np.isfinite(column.elements.numbers).all():
+    if not pc.all(pc.is_finite(column.elements.values)).as_py():
         return "there are NaN or infinite numbers inside its lists; clean them"
     return None
 

@@ -28,12 +28,14 @@ def task_of(column: Column, name: str) -> tuple[dict[str, Any], str]:
         DistmtlError: it is no number, all null, or of one value.
     """
     at = {"name": name} if name == column.name else {"name": name, "label": column.name}
-    if column.holds not in ("integer", "number", "boolean", "nothing"):
-        example = f" such as {column.known[0].as_py()!r:.40}" if len(column.known) else ""
-        raise DistmtlError(f"label {column.name!r} holds {column.holds}s{example}; write it as 0 and 1, or as a number, null where unknown")
-    y = column.numbers if column.holds != "nothing" else np.zeros(0)
-    if not len(y):
+    if not len(column.known):
         raise DistmtlError(f"label {column.name!r} is null in all {column.rows:,} rows; name a label that is known somewhere")
+    if column.holds not in ("integer", "number", "boolean"):
+        example = f"{column.known[0].as_py()!r:.40}"
+        raise DistmtlError(
+            f"label {column.name!r} holds {column.holds}s such as {example}; write it as 0 and 1, or as a number, null where unknown"
+        )
+    y = column.numbers
     if y.min() == y.max():
         raise DistmtlError(
             f"label {column.name!r} is {y[0]:g} in all {len(y):,} rows where it is known; there is nothing to learn from one class"

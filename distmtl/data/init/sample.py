@@ -16,7 +16,7 @@ from distmtl.data.dataset import Dataset
 from distmtl.data.hashing import mix
 from distmtl.errors import DistmtlError
 
-SAMPLE_ROWS = 300_000
+SAMPLE_ROWS = 200_000
 READ_ROWS = 3_000_000  # of a larger log, whole row groups at even distances
 BATCH_ROWS = 32_768
 

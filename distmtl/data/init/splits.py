@@ -104,7 +104,8 @@ def ready_splits(data: str) -> dict[str, str]:
         return {}
     out = {"train": str((folder / "train").resolve())}
     for split, names in OTHER_NAMES.items():
-        out |= {split: str((folder / n).resolve()) for n in reversed(names) if (folder / n).is_dir()}
+        if found := next((folder / n for n in names if (folder / n).is_dir()), None):
+            out[split] = str(found.resolve())
     return out
 
 
@@ -152,7 +153,5 @@ def _clean(table: pa.Table, whole: set[str]) -> pa.Table:
         try:
             arrays.append(values.cast(pa.int64()) if name in whole else values)
         except pa.ArrowInvalid as e:
-            raise DistmtlError(
-                f"column {name!r} holds ids written as floats, and not all are whole ({e!s:.80}); write integers"
-            ) from None
+            raise DistmtlError(f"column {name!r} holds ids written as floats, and not all are whole ({e!s:.80}); write integers") from None
     return pa.table(arrays, names=table.column_names)
