@@ -91,14 +91,14 @@ def parser() -> argparse.ArgumentParser:
         "distmtl init logs.csv --labels click,purchase --out data/logs",
     )  # fmt: skip
     p.add_argument("data", metavar="DATA", help="a file, a folder or a glob")
-    p.add_argument("--labels", required=True, type=lambda text: text.split(","), metavar="COLUMN[,…]", help="what is to be predicted")
+    p.add_argument("--labels", required=True, type=names, metavar="COLUMN[,…]", help="what is to be predicted")
     p.add_argument("--out", type=Path, metavar="DIR", help="new folder for config and splits (default: NAME-distmtl)")
     p.add_argument("--group", metavar="COLUMN", help="groups of GAUC (default: a column called like a user or a session)")
     p.add_argument(
         "--time", metavar="COLUMN", help="the last rows by it are held out (default: a column that is a time; without one, at random)"
     )
     p.add_argument("--weight", metavar="COLUMN", help="sample weights (default: none)")
-    p.add_argument("--leave-out", type=lambda text: text.split(","), default=[], metavar="COLUMN[,…]", help="columns to make nothing of")
+    p.add_argument("--leave-out", type=names, default=[], metavar="COLUMN[,…]", help="columns to make nothing of")
 
     p = command(
         "train",
@@ -432,6 +432,10 @@ def workers(text: str) -> str:
     if len(numbers) > 2 or not all(n.isdecimal() for n in numbers):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor MIN-MAX, such as 2-8")
     return numbers[0] if len(numbers) == 1 else f"{{min: {numbers[0]}, max: {numbers[1]}}}"
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def at_least_one(text: str) -> int:

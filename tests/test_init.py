@@ -52,6 +52,7 @@ FEATURES = {
         {"kind": "id", "rows": 70, "missing": "row", "out_of_range": "hash"},
     ),
     "an integer that counts": (column(ROW % 40, "num_clicks"), {"kind": "numeric", "mean": 19.5}),
+    "an integer that counts a little": (column(ROW % 5, "num_clicks"), {"kind": "id", "rows": 7}),
     "an id by its name": (column(ROW % 40, "price_id"), {"kind": "id", "rows": 50}),
     "boolean": (column(CLICK), {"kind": "bucket", "boundaries": [0.5]}),
     "normal": (column(3.0 + ROW % 2), {"kind": "numeric", "mean": 3.5, "std": 0.5}),

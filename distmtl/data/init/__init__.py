@@ -28,10 +28,16 @@ from distmtl.data.init.splits import Split, is_time, ready_splits, split_by, wri
 from distmtl.data.output import new_folder
 from distmtl.errors import DistmtlError
 
+RARE = 100  # rows of a class
 COPIED_ROWS = 20_000_000  # larger logs stay where they are, and a person splits them
 CSV = (".csv", ".tsv")
 PACKED = ("", ".gz", ".bz2", ".zst")
 TIME = "a time: the splits may follow it, but a model that knew it could not rank later rows; derive an hour or an age from it"
+OUTCOME = re.compile(
+    r"(is_|has_)?(click|like|dislike|buy|bought|purchase|order|conver[ts]|conversion|share|forward|follow|favou?rite|comment|read_comment|cart|"
+    r"add_to_cart|pay|paid|play|stay|dwell|watch|install|skip|finish|click_avatar)(e?d|_time|_seconds|_duration)?",
+    re.IGNORECASE,
+)
 GROUP = ("user", "member", "customer", "account", "visitor", "device", "session", "query", "search", "request", "uid")
 
 
@@ -161,6 +167,8 @@ def _tasks(labels: dict[str, Column]) -> tuple[list[tuple[dict[str, Any], str]],
     guessed = {label: task_of(column, names[label]) for label, column in labels.items()}
     parents, out, notices = parents_of(labels), [], []
     for label, (task, why) in guessed.items():
+        if task["kind"] == "binary" and (rare := int(labels[label].counts.min())) < RARE:
+            notices.append(f"label {label}: {rare:,} rows of one class are few to learn from, and to measure by")
         if parent := parents.get(label):
             task["parents"] = [names[parent]]
             why += f"; 1 only where {parent} is, so P({label} | {parent}) is learnt there (docs/models.md: funnels)"
@@ -191,11 +199,10 @@ def _features(columns: dict[str, Column], labels: dict[str, Column], asked: Aske
                 guesses[name] = Guess(name, None, leak)
                 notices.append(f"{name} is left out: {leak}")
         elif guesses[name].feature:
-            notices += [
-                f"{name} is 1 wherever label {label} is: if it happens after the impression, name it in --labels or --leave-out"
-                for label, y in labels.items()
-                if comes_before(column, y)
-            ]
+            after = [f"is 1 wherever label {label} is" for label, y in labels.items() if comes_before(column, y)]
+            if after or OUTCOME.fullmatch(name):
+                what = after[0] if after else "is called like something that people do"
+                notices.append(f"{name} {what}: if it is known only after the impression, name it in --labels or --leave-out")
     if not any(g.feature for g in guesses.values()):
         reasons = "; ".join(f"{g.column}: {g.why}" for g in list(guesses.values())[:5])
         raise DistmtlError(f"no column is left that could be a feature ({reasons or 'there are labels only'}); give the log more columns")
@@ -250,8 +257,8 @@ def _names(columns: list[str]) -> dict[str, str]:
 
 
 def _name(data: str) -> str:
-    """Of the run: the last part of the path that is no glob, without its endings."""
-    parts = [p for p in PurePosixPath(data).parts if not any(c in p for c in "*?[") and p not in ("/", ".", "..")]
+    """Of the run: the last part of the path that is no glob and not train, without its endings."""
+    parts = [p for p in PurePosixPath(data).parts if not any(c in p for c in "*?[") and p not in ("/", ".", "..", "train")]
     return name_of(Path(parts[-1].split(".")[0] or "log")) if parts else "log"
 
 

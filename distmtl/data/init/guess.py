@@ -16,6 +16,7 @@ from distmtl.data.init.sample import Column
 MOST_ROWS = 20_000_000  # of a table, in a first config
 SPARSE = 4  # a table may have so many times more rows than there are ids,
 SMALL = 50_000  # or so many rows, which cost little
+LEVELS = 20  # of an integer that measures, up to which every one has a row
 FEW = 1000  # ids, up to which a table of ten times as many rows costs nothing
 BUCKETS = 16
 SKEWED = 2.0  # skewness, above which the logarithm of numbers ≥ 0 is taken
@@ -50,7 +51,7 @@ def guess(column: Column, name: str) -> Guess:
     holds = column.holds
     if holds == "boolean":
         return Guess(column.name, {"kind": "bucket", **at, "boundaries": [0.5], "dim": 4}, "null, false or true, a row of its own each")
-    if holds == "number" or holds == "integer" and AMOUNT.search(column.name) and not ID.search(column.name):
+    if holds == "number" or _is_amount(column):
         feature, why = _number(column)
         return Guess(column.name, {"kind": feature.pop("kind"), **at, **feature}, why)
     if holds == "list of number":
@@ -83,9 +84,7 @@ def left_out(column: Column) -> str | None:
         return "a time as text; write it as a timestamp, and the splits can follow it"
     if holds == "string" and pc.mean(pc.utf8_length(column.known)).as_py() > LONG_TEXT:
         return "long text; give the model an embedding of it, as a list of floats"
-    if holds == "integer" and AMOUNT.search(column.name) and not ID.search(column.name):
-        return None
-    if holds in ("integer", "string") and column.unique:
+    if holds in ("integer", "string") and column.unique and not _is_amount(column):
         return f"no value is there twice in {column.rows:,} rows: it numbers the rows"
     if holds in ("integer", "string") and VISIT.search(column.name):
         return "names a visit, which will not come again"
@@ -195,6 +194,11 @@ def _skewness(x: np.ndarray) -> float:
     """E((x - μ)³) / σ³."""
     centred = x - x.mean()
     return float((centred**3).mean() / max((centred**2).mean(), 1e-300) ** 1.5)
+
+
+def _is_amount(column: Column) -> bool:
+    """Integers that count or measure by their name, and are more than a few."""
+    return column.holds == "integer" and column.distinct > LEVELS and bool(AMOUNT.search(column.name)) and not ID.search(column.name)
 
 
 def _is_time(column: Column) -> bool:

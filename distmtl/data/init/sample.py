@@ -65,7 +65,8 @@ class Column:
         GEE (Charikar et al. 2000), wrong by a factor of at most about √(N/n), which no estimator can better much.
         """
         once = int((self.counts == 1).sum())
-        return self.distinct - once + round(once / self.share**0.5)
+        out = self.distinct - once + round(once / self.share**0.5)
+        return out if self.low is None else min(out, self.high - self.low + 1)
 
     @property
     def unique(self) -> bool:
