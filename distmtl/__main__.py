@@ -87,6 +87,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="options of the data set, such as protocol=P2 or fold=1")
 
     p = command(
+        "init", init, "Guess a first config from a CSV or Parquet log, explain every line of it, and write splits to train on.",
+        "distmtl init logs.csv --labels click,purchase --out data/logs",
+    )  # fmt: skip
+    p.add_argument("data", metavar="DATA", help="a file, a folder or a glob")
+    p.add_argument("--labels", required=True, type=names, metavar="COLUMN[,…]", help="what is to be predicted")
+    p.add_argument("--out", type=Path, metavar="DIR", help="new folder for config and splits (default: NAME-distmtl)")
+    p.add_argument("--group", metavar="COLUMN", help="groups of GAUC (default: a column called like a user or a session)")
+    p.add_argument(
+        "--time", metavar="COLUMN", help="the last rows by it are held out (default: a column that is a time; without one, at random)"
+    )
+    p.add_argument("--weight", metavar="COLUMN", help="sample weights (default: none)")
+    p.add_argument("--leave-out", type=names, default=[], metavar="COLUMN[,…]", help="columns to make nothing of")
+
+    p = command(
         "train",
         train,
         "Train: on Ray Train workers, or as one rank under torchrun.",
@@ -275,6 +289,20 @@ def _option(text: str) -> tuple[str, str]:
     return key, value
 
 
+def init(a: argparse.Namespace) -> None:
+    from distmtl.data.init import Asked
+    from distmtl.data.init import init as run
+
+    draft = run(a.data, Asked(a.labels, a.group, a.time, a.weight, a.leave_out), a.out)
+    wide = [max(len(row[i]) for row in draft.columns) for i in range(3)]
+    for row in draft.columns:
+        print("  ".join([*(cell.ljust(w) for cell, w in zip(row[:3], wide)), row[3]]))
+    print("".join(f"note: {notice}\n" for notice in draft.notices), end="")
+    print(
+        f"wrote {draft.config} ({', '.join(f'{split} {n:,}' for split, n in draft.rows.items())} rows); next: distmtl train {draft.config}"
+    )
+
+
 def train(a: argparse.Namespace) -> int:
     import signal
     from functools import partial
@@ -430,6 +458,10 @@ def workers(text: str) -> str:
     if len(numbers) > 2 or not all(n.isdecimal() for n in numbers):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor MIN-MAX, such as 2-8")
     return numbers[0] if len(numbers) == 1 else f"{{min: {numbers[0]}, max: {numbers[1]}}}"
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def at_least_one(text: str) -> int:
