@@ -122,7 +122,7 @@ def _finish(folder: Path, found: Checkpoint, config: Config, row_format: RowForm
         rows_trained=found.manifest["loop"]["rows"],
         row_format=row_format,
         config=config.model_dump(mode="json"),
-        columns=found.manifest.get("columns") or _columns(found, config),
+        columns=columns_of(found),
         calibrations=saved_calibrations(found),
         domains=seen_domains(dense),
         versions=versions(),
@@ -132,8 +132,11 @@ def _finish(folder: Path, found: Checkpoint, config: Config, row_format: RowForm
     return complete(folder, manifest)
 
 
-def _columns(found: Checkpoint, config: Config) -> dict[str, Kind]:
-    """What the columns hold, of a checkpoint that was written before this was recorded."""
+def columns_of(found: Checkpoint) -> dict[str, Kind]:
+    """What the columns hold that its model reads; its training data say it where the checkpoint was written before this was recorded."""
+    if columns := found.manifest.get("columns"):
+        return columns
+    config = checkpoint_config(found)
     try:
         return kinds_of(open_dataset(config.data.train).schema, served_columns(config))
     except DistmtlError as e:
