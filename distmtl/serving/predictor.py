@@ -15,7 +15,7 @@ from distmtl.calibration import Calibration
 from distmtl.config import Config, MulticlassTask
 from distmtl.data.collate import ROW, Collator
 from distmtl.data.rows import Rows, batch_of
-from distmtl.data.schema import arrow_type
+from distmtl.data.schema import arrow_type, kind_of
 from distmtl.errors import DistmtlError
 from distmtl.exporting import manifest, program
 from distmtl.exporting.manifest import MODEL, Manifest
@@ -65,6 +65,7 @@ class Predictor:
         self.config = self.manifest.parsed_config()
         self.collate = Collator(self.config, labelled=False)
         self.schema = pa.schema([(name, arrow_type(self.manifest.columns[name])) for name in self.collate.columns])
+        self.fits = self.schema  # of the rows that came last
         self.lookup = Lookup(self.config, self.manifest.row_format)
         self.lookup.load(folder)
         self.hashes = program.hashes(self.config)
@@ -126,6 +127,7 @@ class Predictor:
         if not n:
             none = {t.name: np.zeros((0, t.classes) if isinstance(t, MulticlassTask) else 0, np.float32) for t in self.config.tasks}
             return Scored(none, np.zeros(0, np.int64), np.zeros(0, np.int64))
+        self._refuse_other_columns(table.schema)
         rows = self.checked(table.append_column(ROW, pa.array(np.arange(n))))
         batch = batch_of([(rows, 0, n)], self.collate.keys, n)
         with torch.inference_mode():
@@ -133,6 +135,18 @@ class Predictor:
             predicted = self.predictions(outputs, batch.sparse, batch.extras)
             predictions = {t.name: served(t, p) for t, p in zip(self.config.tasks, predicted, strict=True)}
         return Scored(predictions, batch.sparse.lengths().numpy().reshape(-1, n).sum(0), rows.replaced)
+
+    def _refuse_other_columns(self, schema: pa.Schema) -> None:
+        """Strings where integers were trained would be hashed to other rows of the tables, and the other way round."""
+        if schema is self.fits or schema.equals(self.fits):
+            return
+        for name, then in self.manifest.columns.items():
+            if name not in schema.names:
+                raise DistmtlError(f"column {name!r} is missing; the model reads {', '.join(self.manifest.columns)}")
+            kind = schema.field(name).type
+            if not pa.types.is_null(kind) and (now := kind_of(kind)).endswith("string") != then.endswith("string"):
+                raise DistmtlError(f"column {name!r} holds {now}, but the model was trained on {then} in it; give it as it was then")
+        self.fits = schema
 
     def checked(self, table: pa.Table) -> Rows:
         """What the model reads of a table that has a column ROW, checked.

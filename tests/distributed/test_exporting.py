@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import test_every_kind
@@ -25,6 +26,7 @@ from distmtl import Predictor
 from distmtl import export as write_export
 from distmtl.config import Config
 from distmtl.config_file import parse_config
+from distmtl.data.dataset import open_dataset
 from distmtl.errors import DistmtlError
 from distmtl.exporting import program, publishing
 from distmtl.exporting.manifest import MANIFEST, MODEL, Manifest, RowFormat, complete
@@ -34,7 +36,7 @@ from distmtl.exporting.table_rows import stored_tables
 from distmtl.exporting.writer import export_delta
 from distmtl.run_directory import find_checkpoint
 from distmtl.serving.batch import in_this_process, open_job, predict
-from distmtl.serving.comparison import Comparison, checkpoint_predictions, compare, refuse_apart
+from distmtl.serving.comparison import Comparison, checkpoint_predictions, compare, first_rows, refuse_apart
 
 quiet = lambda text: None  # noqa: E731
 
@@ -158,6 +160,27 @@ def test_any_number_of_rows(run, exported, n):
     few, all_ = Predictor(exported)(table.slice(5, n)), Predictor(exported)(table)
     for task, values in few.items():
         assert values.shape == (n,) and np.abs(values - all_[task][5 : 5 + n]).max(initial=0) <= 1e-6
+
+
+def test_other_columns_than_in_training(run, exported):
+    """A string would be hashed where an integer was a row of the table: another row's embedding, without a word."""
+    predictor, table = Predictor(exported), rows_of(run, 2)
+    for name, values, words in (("user", ["1", "2"], "holds string"), ("city", [1, 2], "trained on string")):
+        with pytest.raises(DistmtlError, match=words):
+            predictor(table.set_column(table.schema.names.index(name), name, pa.array(values)))
+    with pytest.raises(DistmtlError, match="column 'x' is missing"):
+        predictor(table.drop_columns(["x"]))
+
+
+def test_files_that_mix_types(tmp_path):
+    """As training reads them."""
+    for i, columns in enumerate(
+        ([pa.array([1, 2], pa.int32()), pa.array(["a", "b"]).dictionary_encode()], [pa.array([3], pa.uint64()), ["c"]])
+    ):
+        pq.write_table(pa.table(columns, names=["id", "city"]), tmp_path / f"{i}.parquet")
+    dataset = open_dataset(str(tmp_path))
+    assert first_rows(dataset, ["city", "id"], 9).to_pydict() == {"city": ["a", "b", "c"], "id": [1, 2, 3]}
+    assert first_rows(dataset, ["id"], 1).to_pydict() == {"id": [1]}
 
 
 def test_rows_without_any_id(tiny_data, tmp_path):
