@@ -41,6 +41,7 @@ class Manifest(Strict):
         digest: of the files and all else in here; names this export.
         base: of a delta, the digest of what it changes; "" in a full export.
         sequence: of the publishes of a folder, 0, 1, …
+        checkpoint, checkpoint_digest: its name, and what tells it from another of that name.
         columns: column that is read → what it holds.
         calibrations: task → Calibration.to_dict
         domains: that were trained on, of a head with statistics of each.
@@ -53,6 +54,7 @@ class Manifest(Strict):
     sequence: int = 0
     name: str
     checkpoint: str
+    checkpoint_digest: str = ""
     step: int
     rows_trained: int
     row_format: RowFormat

@@ -16,7 +16,7 @@ from typing import Any
 from distmtl.checkpoint import Checkpoint
 from distmtl.errors import DistmtlError
 from distmtl.exporting.manifest import MANIFEST, Manifest, RowFormat, read
-from distmtl.exporting.writer import Say, columns_of, export, export_delta, source
+from distmtl.exporting.writer import Say, columns_of, digest_of, export, export_delta
 from distmtl.run_directory import checkpoint_config, find_checkpoint
 
 NAME = re.compile(r"(\d{6,})-(full|delta)")
@@ -66,7 +66,7 @@ def publish(checkpoint: str, folder: Path, *, full_every: int, row_format: RowFo
         last = published(folder)
     except DistmtlError as e:
         say(f"{e}; a full export goes on from there")
-    if last and last.newest.checkpoint == source(found):
+    if last and last.newest.checkpoint_digest == digest_of(found):
         return last.newest
     number = max((int(p.name.split("-")[0]) for p in folder.iterdir() if NAME.fullmatch(p.name)), default=-1) + 1
     before = _kept(found, last.newest) if last else None
@@ -88,10 +88,14 @@ def _config(found: Checkpoint) -> dict[str, Any]:
 
 
 def _kept(found: Checkpoint, newest: Manifest) -> str | None:
-    """The checkpoint that `newest` was made of, in the same run or in another one of the chain; None if it is gone."""
+    """The checkpoint that `newest` was made of, in the same run or in another one of the chain; None if it is gone, or another of its name
+    is there."""
     run, _, name = newest.checkpoint.partition("/")
-    path = found.path.parent.parent.parent / run / "checkpoints" / name
-    return str(path) if path.exists() else None
+    path = str(found.path.parent.parent.parent / run / "checkpoints" / name)
+    try:
+        return path if digest_of(find_checkpoint(path)) == newest.checkpoint_digest else None
+    except DistmtlError:
+        return None
 
 
 def in_order(folder: Path) -> list[Path]:

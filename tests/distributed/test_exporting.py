@@ -33,7 +33,7 @@ from distmtl.exporting.manifest import MANIFEST, MODEL, Manifest, RowFormat, com
 from distmtl.exporting.publishing import published
 from distmtl.exporting.row_formats import pack, unpack
 from distmtl.exporting.table_rows import stored_tables
-from distmtl.exporting.writer import export_delta
+from distmtl.exporting.writer import _new_folder, export_delta
 from distmtl.run_directory import find_checkpoint
 from distmtl.serving.batch import in_this_process, open_job, predict
 from distmtl.serving.comparison import Comparison, checkpoint_predictions, compare, first_rows, refuse_apart
@@ -274,6 +274,21 @@ def test_a_changed_model_is_published_whole(run, tiny_data, tmp_path):
         Predictor(folder / "000000-full").prepare(tmp_path / "delta")
 
 
+def test_a_run_that_was_begun_anew_is_another(tiny_data, tmp_path):
+    """Of the same names, but a delta since its checkpoint is none since what was published, which would be served half changed."""
+    config, folder = (
+        tiny.config(tiny_data, tmp_path / "run", train={"steps": 4, "save_every": 2, "eval_every": 2, "keep": 9}),
+        tmp_path / "all",
+    )
+    train_world(config, 1)
+    publish(str(sorted((tmp_path / "run/checkpoints").iterdir())[0]), folder, 9)
+    shutil.rmtree(tmp_path / "run")
+    train_world(config.model_copy(update={"run": config.run.model_copy(update={"seed": 7})}), 1)
+    anew, later = (str(c) for c in sorted((tmp_path / "run/checkpoints").iterdir()))
+    assert not publish(later, folder, 9).is_delta
+    assert publish(anew, folder, 9).sequence == 2
+
+
 def _delta(checkpoint: str, since: str, base: Manifest, out: str) -> None:
     export_delta(checkpoint, since, base, out, say=quiet)
 
@@ -388,4 +403,18 @@ def test_where_it_goes_must_be_empty(run, tmp_path):
         export(run.run_dir, tmp_path)
     with pytest.raises(DistmtlError, match="no such folder"):
         export(str(tmp_path / "nothing"), tmp_path / "out")
+    with pytest.raises(DistmtlError, match="object store"):
+        export(run.run_dir, "memory://out")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_one_at_a_time_and_what_a_killed_one_left_is_replaced(tmp_path):
+    """Two that wrote into one folder would name each other's half-written files in the manifest."""
+    stale = tmp_path / ".out.partial" / "tables"
+    stale.mkdir(parents=True)
+    with _new_folder(tmp_path / "out") as folder:
+        assert not any(folder.iterdir())
+        (folder / "first").touch()
+        with pytest.raises(DistmtlError, match="written by another process"), _new_folder(tmp_path / "out"):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in (tmp_path / "out").iterdir()] == ["first"]
