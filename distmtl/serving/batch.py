@@ -135,6 +135,8 @@ def open_job(export: str, data: str, out: str, keep: Sequence[str] = (), max_rej
     manifest.verify(folder, found)
     config = found.parsed_config()
     taken = [NUMBER, *(t.name for t in config.tasks)]
+    if NUMBER in taken[1:]:
+        raise DistmtlError(f"export {folder}: its task {NUMBER!r} is called as the column of the rows' numbers; train it by another name")
     if clash := [name for name in keep if name in taken]:
         raise DistmtlError(f"--keep {','.join(clash)}: the predictions have a column of that name already ({', '.join(taken)}); rename it")
     dataset = open_dataset(data if "://" in data else os.path.abspath(data))
