@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,10 @@ def parser() -> argparse.ArgumentParser:
         help="train the partitions below DIR (day=…/hour=…) once each, in name order, when a _SUCCESS file is in them, and wait for more",
     )  # fmt: skip
     end = p.add_mutually_exclusive_group()
-    end.add_argument("--partitions", type=int, metavar="N", help="with --follow: end when N partitions are trained in all (default: never)")
-    end.add_argument("--idle-timeout", type=float, metavar="S", help="with --follow: end when no new partition came for S seconds")
+    end.add_argument(
+        "--partitions", type=positive, metavar="N", help="with --follow: end when N partitions are trained in all (default: never)"
+    )
+    end.add_argument("--idle-timeout", type=seconds, metavar="S", help="with --follow: end when no new partition came for S seconds")
     p.add_argument(
         "--publish", type=Path, metavar="DIR", help="with --follow: export to this folder, which distmtl serve follows, after each"
     )
@@ -231,10 +234,10 @@ def parser() -> argparse.ArgumentParser:
         "--max-pending", type=positive, default=64, metavar="N", help="may wait in a replica, others get 503 (default: %(default)s)"
     )
     p.add_argument(
-        "--batch-wait-ms", type=float, default=0.0, metavar="MS",
+        "--batch-wait-ms", type=seconds, default=0.0, metavar="MS",
         help="wait so long for more requests to score together (default: 0, those that came meanwhile)",
     )  # fmt: skip
-    p.add_argument("--poll-s", type=seconds, default=2.0, metavar="S", help="between two looks for newer exports (default: %(default)s)")
+    p.add_argument("--poll-s", type=interval, default=2.0, metavar="S", help="between two looks for newer exports (default: %(default)s)")
     p.add_argument("--openapi", action="store_true", help="print the OpenAPI schema of the first export and end")
 
     p = command("config", show_config, "Print the resolved config.", "distmtl config configs/synthetic.yaml model.num_experts=8")
@@ -318,8 +321,11 @@ def train(a: argparse.Namespace) -> int:
         run = partial(follow, a)
     elif a.partitions is not None or a.idle_timeout is not None:
         raise DistmtlError("--partitions and --idle-timeout end what --follow DIR begins; without it, train.epochs and train.steps do")
-    elif a.publish:
-        raise DistmtlError("--publish exports what --follow DIR has trained; after a run without it, use distmtl export")
+    elif a.publish or a.full_every is not None or a.quantize:
+        raise DistmtlError(
+            "--publish, --full-every and --quantize are about exports of what --follow DIR has trained; after a run without it, use "
+            "distmtl export"
+        )
     elif under_torchrun():
         from distmtl.loop import train as run
     else:
@@ -352,7 +358,7 @@ def follow(a: argparse.Namespace, config: Any, resume: str, policy: Any) -> dict
 
 def publisher(a: argparse.Namespace) -> Any:
     """For `follow`, what exports every partition's checkpoint; None if that is not asked for."""
-    if (a.full_every or a.quantize) and not a.publish:
+    if (a.full_every is not None or a.quantize) and not a.publish:
         raise DistmtlError("--full-every and --quantize are about the exports of --publish DIR; name it")
     if a.full_every is not None and a.full_every < 1:
         raise DistmtlError(f"--full-every {a.full_every}: every export is a full one with 1; give a number of at least 1")
@@ -521,7 +527,7 @@ def serve(a: argparse.Namespace) -> None:
     versions: dict[str, str] = {}
     for text in a.exports:
         name, sign, path = text.partition("=")
-        name, path = (name, path) if sign else (Path(text).resolve().name, text)
+        name, path = (name, path) if sign and not Path(text).exists() else (Path(text).resolve().name, text)
         if name in versions:
             raise DistmtlError(f"two exports are called {name!r}; name them: {name}1={versions[name]} {name}2={path}")
         versions[name] = path
@@ -555,13 +561,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def interval(text: str) -> float:
+    if not (number := seconds(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
 def seconds(text: str) -> float:
     try:
-        if 0 < (out := float(text)) < float("inf"):
-            return out
+        number = float(text)
     except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        number = -1
+    if not 0 <= number <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return number
 
 
 def shares(text: str) -> tuple[float, ...]:

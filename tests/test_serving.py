@@ -7,6 +7,7 @@ import copy
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,11 @@ def test_starting_beside_a_broken_export(exports, serve, tmp_path):
     (tmp_path / "at" / "000002-full" / "model.pt2").write_bytes(b"?")
     version = serve(tmp_path / "at").versions["v0"]
     assert version.manifest.sequence == 1 and "model.pt2" in version.failure
+    shutil.copy(exports / "000000-full" / "model.pt2", tmp_path / "at" / "000002-full")  # the rest of it: `cp -r` writes the manifest early
+    until = time.monotonic() + 60
+    while version.failure and time.monotonic() < until:
+        time.sleep(0.05)
+    assert version.manifest.sequence == 0 and not version.failure
 
 
 def test_what_is_whole_is_taken(exports, tmp_path):

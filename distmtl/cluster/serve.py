@@ -9,7 +9,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from distmtl.cluster.supervision import last_line
@@ -41,6 +41,7 @@ from distmtl.config import ClusterConfig, Workers
 from distmtl.errors import DistmtlError
 from distmtl.serving.app import Service, Settings
 from distmtl.serving.counters import FOLDER
+from distmtl.serving.request import BadRequest
 
 NAME = "distmtl"
 SAID = f"{DistmtlError.__name__}: "
@@ -58,7 +59,7 @@ class Replica:
         self.service = Service(settings)
 
     async def __call__(self, request: Request) -> Response:
-        answer = await self.service.answer(request.method, request.url.path, request.headers, request.query_params, request.stream())
+        answer = await self.service.answer(request.method, request.url.path, request.headers, request.query_params, body_of(request))
         return Response(answer.body, answer.status, dict(answer.headers), answer.kind)
 
     def check_health(self) -> None:
@@ -68,6 +69,18 @@ class Replica:
     def __del__(self) -> None:
         if hasattr(self, "service"):
             self.service.stop()
+
+
+async def body_of(request: Request) -> AsyncIterator[bytes]:
+    """
+    Raises:
+        BadRequest: the client went away before its end; nobody reads the answer, and the server has not failed.
+    """
+    try:
+        async for part in request.stream():
+            yield part
+    except ClientDisconnect:
+        raise BadRequest(400, "the client went away before its request was whole") from None
 
 
 def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000, replicas: int = 1, say: Callable[[str], None] = print) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from distmtl import checkpoint
 from distmtl.calibration import Calibration
 from distmtl.config import BinaryTask, MulticlassTask
-from distmtl.data.collate import ROW, Collator
+from distmtl.data.collate import ROW, Collator, alike
 from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.data.rows import batch_of
 from distmtl.distributed.process import process_group
@@ -83,15 +83,16 @@ def compare(path: str, export: str, data: str | None = None, rows: int = ROWS) -
 
 
 def first_rows(dataset: Dataset, columns: list[str], rows: int) -> pa.Table:
-    parts: list[pa.RecordBatch] = []
+    """Of types that the files mix, one that holds all."""
+    tables: list[pa.Table] = []
     for p in range(len(dataset.parts)):
-        for batch in dataset.open_part(p).iter_batches(batch_size=8192, columns=columns):
-            parts.append(batch)
-            if sum(len(b) for b in parts) >= rows:
-                break
-        if sum(len(b) for b in parts) >= rows:
-            break
-    return pa.Table.from_batches(parts).slice(0, rows)
+        with dataset.open_part(p) as file:
+            tables.append(alike(file.schema_arrow.empty_table().select(columns)))
+            for batch in file.iter_batches(batch_size=8192, columns=columns):
+                tables.append(alike(pa.Table.from_batches([batch]).select(columns)))
+                if sum(map(len, tables)) >= rows:
+                    return pa.concat_tables(tables, promote_options="permissive").slice(0, rows)
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def checkpoint_predictions(path: str, table: pa.Table) -> dict[str, np.ndarray]:

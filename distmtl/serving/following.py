@@ -99,7 +99,7 @@ class Version:
         except DistmtlError as e:
             self.failure = str(e)
         self.since = time.time()
-        self._seen = _mark(chains(path)[0][-1] / MANIFEST) if self.failure else None
+        self._seen = _marks(chains(path)[0][-1]) if self.failure else None
 
     @property
     def manifest(self) -> Manifest:
@@ -130,10 +130,10 @@ class Version:
             took: told of each that is served now, `full` or `delta`.
 
         Raises:
-            DistmtlError: one is broken; told once.
+            DistmtlError: one is broken; told once, and again when a file of it has changed: a copy may be under way.
         """
         folders = chains(self.path)[0]
-        if (mark := _mark(folders[-1] / MANIFEST)) == self._seen:
+        if (mark := _marks(folders[-1])) == self._seen:
             return
         taken: list[str] = []
         try:
@@ -198,3 +198,8 @@ def _mark(path: Path) -> tuple[str, int, int]:
     except OSError as e:
         raise DistmtlError(f"{path} cannot be read: {e.strerror}") from None
     return str(path), found.st_mtime_ns, found.st_ino
+
+
+def _marks(folder: Path) -> list[tuple[str, int, int]]:
+    """Of an export's files."""
+    return [_mark(folder / MANIFEST), *(_mark(p) for p in sorted(folder.rglob("*")) if p.is_file())]
