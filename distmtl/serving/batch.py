@@ -28,6 +28,7 @@ from distmtl.config import MulticlassTask
 from distmtl.data.check import check_to_score
 from distmtl.data.collate import ROW, alike
 from distmtl.data.dataset import Dataset, open_dataset
+from distmtl.distributed.matmul import fastest_fp32
 from distmtl.errors import DistmtlError
 from distmtl.exporting import manifest
 from distmtl.progress import duration
@@ -245,6 +246,7 @@ class Scorer:
     """
 
     def __init__(self, job: Job):
+        fastest_fp32()  # as in training and serving, and on every worker alike
         self.job, self.predictor = job, Predictor(job.export, check=False)
         if self.predictor.manifest.digest != job.digest:
             raise DistmtlError(f"export {job.export} has become another one while it scored; begin again in another folder")
