@@ -211,6 +211,7 @@ LABELS = [[1, 0, 0.3], [0, 1, 2.0], [1, 1, -1.0], [0, 0, 0.0]]
 
 def test_gradnorm_reads_where_sharing_ends():
     """torch-rechub's GradNorm: share_layers[-0] is the first embedding table, not the last shared layer."""
+    torch.manual_seed(0)
     cut, first, last = Cut(), torch.randn(6, 5, requires_grad=True), torch.randn(5, 3)
     loss = JointLoss(tiny.config(Path(), Path(), weighting={"kind": "gradnorm", "alpha": 0.0, "lr": 0.1}), cut)
     (shared,) = cut([torch.randn(4, 6) @ first])
@@ -218,7 +219,7 @@ def test_gradnorm_reads_where_sharing_ends():
     sums = [(error.sum() * weight / 4) for error, weight in zip(loss.terms(outputs, batch)[0].T, (1.0, 1.0, 0.5), strict=True)]
     norms = torch.stack([torch.autograd.grad(s, shared, retain_graph=True)[0].norm() for s in sums]).double()
     numbers = loss(outputs, batch)[1]
-    torch.testing.assert_close(numbers.gram.diagonal(), norms**2)
+    torch.testing.assert_close(numbers.gram.diagonal(), norms**2, rtol=1e-5, atol=1e-7)  # of float32 gradients
     moved = 1 - 0.1 * (norms - norms.mean()).sign()
     torch.testing.assert_close(loss.weighting.weights, 3 * moved / moved.sum())
 

@@ -49,6 +49,7 @@ def run_ranks(
 
 
 def _rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, local: int, folder: Path) -> None:
+    gc.freeze()  # what the parent left behind is not to be destroyed here, where the threads of its process groups do not exist
     result: tuple[Any, Any] = (RuntimeError("no result"), "")
     gc.freeze()  # a process group of the parent's that is garbage would wait here for threads that the fork left behind
     try:

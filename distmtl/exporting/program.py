@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -112,9 +113,34 @@ def load(file: Any, where: str) -> Run:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.load(file).module()
+            module = torch.export.load(file).module()
     except Exception as e:
         raise DistmtlError(f"{where} cannot be loaded: {type(e).__name__}: {e}; export again with this version") from e
+    # Not the module itself: before each call it would compare sizes that Predictor's are anyway.
+    return _flat(module).forward
+
+
+def _flat(module: Any) -> Any:
+    """The graph with the blocks put in that only say `no autocast`: nothing here is in autocast, and each costs a call through Python."""
+    graph = module.graph
+    for block in [n for n in graph.nodes if n.target is torch.ops.higher_order.wrap_with_autocast and not n.args[2]]:
+        inner, *given = block.args[4:]
+        nodes = list(_flat(getattr(module, inner.target)).graph.nodes)
+        takers = list(block.users)
+        if any(n.op == "get_attr" for n in nodes) or any(user.target is not operator.getitem for user in takers):
+            continue
+        now = dict(zip((n for n in nodes if n.op == "placeholder"), given, strict=True))
+        with graph.inserting_before(block):
+            for node in nodes:
+                if node.op not in ("placeholder", "output"):
+                    now[node] = graph.node_copy(node, now.__getitem__)
+        for user in takers:
+            user.replace_all_uses_with(now[nodes[-1].args[0][user.args[1]]])
+            graph.erase_node(user)
+        graph.erase_node(block)
+        graph.erase_node(inner)
+    module.recompile()
+    return module
 
 
 def refuse_pickles(file: Any, where: str) -> None:

@@ -6,6 +6,7 @@ import html
 import io
 import math
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,9 +207,10 @@ class Piece:
 
 
 def stacked(pieces: Sequence[Piece], names: Sequence[str], x: str, title: str) -> str:
-    """A bar per name, its pieces side by side; the colour and hatching of a piece are its kind's, and it has its name where there is room."""
+    """A bar per name, its pieces side by side, coloured and hatched by their kind, with their name where there is room."""
     hatches = ("", "//", "..", "xx", "\\\\", "++")
-    with matplotlib.rc_context({**STYLE, "hatch.color": "#ffffff", "hatch.linewidth": 0.5}):
+    style = {**STYLE, "hatch.color": "#ffffff", "hatch.linewidth": 0.5}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, 0.42 * len(names) + 1.3), layout="constrained")
         axes = figure.subplots()
         ends, kinds = [0.0] * len(names), list(dict.fromkeys(p.kind for p in pieces))
@@ -246,7 +248,7 @@ def svg(figure: Figure, title: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
     text = re.sub(r"\s+\n", "\n", text)
-    prefix = f"f{abs(hash_of(title + text)):x}-"
+    prefix = f"f{zlib.crc32((title + text).encode()):x}-"
     text = re.sub(r'\bid="', f'id="{prefix}', text)
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", text)
     text = text.replace(INK, "currentColor")
@@ -259,9 +261,3 @@ def svg(figure: Figure, title: str) -> str:
         f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg" {view[0]} style="{style}" role="img" '
         f'aria-label="{html.escape(title)}">{rest}'
     )
-
-
-def hash_of(text: str) -> int:
-    import zlib
-
-    return zlib.crc32(text.encode())

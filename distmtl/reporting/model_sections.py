@@ -1,4 +1,4 @@
-"""The sections that ask a checkpoint: how its predictions rank and are calibrated, what it reads, which experts it needs, on whom it fails."""
+"""The sections that ask a checkpoint: how its predictions rank and are calibrated, what it reads, which experts it needs."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def calibration(examined: Examined) -> Section:
     s = Section(
         "calibration",
         "Calibration",
-        "Rows in ten bins of about equal weight by prediction: what was predicted, and what share of them happened. On the diagonal the "
-        "predictions are right; below it they are too high. The band is Wilson's 95 % interval: a bin whose band holds the diagonal may be "
-        "right.",
+        "Rows in ten bins of about equal weight by prediction: what was predicted, and what share of them happened. On the "
+        "diagonal the predictions are right; below it they are too high. The band is Wilson's 95 % interval: a bin whose band "
+        "holds the diagonal may be right.",
     )
     found = found_of(examined, s)
     panels, rows = [], []
@@ -54,8 +54,9 @@ def ranking(examined: Examined) -> Section:
     s = Section(
         "ranking",
         "ROC and precision",
-        "The ROC curve, whose area is the AUC: the higher above the dotted diagonal, the better positives are ranked before negatives. Then "
-        "precision by recall, whose area is PR-AUC: the dotted line is the share of positives, what a random order gives.",
+        "The ROC curve, whose area is the AUC: the higher above the dotted diagonal, the better positives are ranked before "
+        "negatives. Then precision by recall, whose area is PR-AUC: the dotted line is the share of positives, what a random order "
+        "gives.",
     )
     found = found_of(examined, s)
     roc, recall, rows, areas = [], [], [], []
@@ -96,9 +97,10 @@ def ablation(examined: Examined) -> Section:
     s = Section(
         "ablation",
         "Experts, one taken away",
-        "How much worse a task's metric is without an expert: its gates are set to 0 and those of the others as much larger. Near 0: the task "
-        "does not need it; the same expert high in all rows of a column is shared knowledge, high in one a specialist; below 0: it is better off "
-        "without. · where a task does not mix it, or has no other. Of several levels the last one's experts.",
+        "How much worse a task's metric is without an expert: its gates are set to 0 and those of the others as much larger. Near "
+        "0: the task does not need it; the same expert high in all rows of a column is shared knowledge, high in one a specialist; "
+        "below 0: it is better off without. · where a task does not mix it, or has no other. Of several levels the last one's "
+        "experts.",
     )
     for name, e in found_of(examined, s).items():
         if not e.ablation:
@@ -125,9 +127,9 @@ def importance(examined: Examined) -> Section:
     s = Section(
         "importance",
         "What the model reads",
-        "Permutation importance: how much worse a task's metric is when a feature's values are those of other rows (Breiman 2001). The bar is "
-        "the mean of three permutations, the line their span. Near 0 the model does not use the feature, or has another that says the same; "
-        "features that read one column are permuted together.",
+        "Permutation importance: how much worse a task's metric is when a feature's values are those of other rows (Breiman 2001). "
+        "The bar is the mean of three permutations, the line their span. Near 0 the model does not use the feature, or has another "
+        "that says the same; features that read one column are permuted together.",
     )
     for name, e in found_of(examined, s).items():
         means: dict[str, Drop] = {f: {t: _mean([d[t] for d in drops]) for t in e.headline} for f, drops in e.importance.items()}
@@ -154,8 +156,8 @@ def slices(examined: Examined) -> Section:
     s = Section(
         "slices",
         "Slices",
-        "The metrics of parts of these rows: by domain, and by how often training saw a row's id (0 and 1-4 times: cold; a user's slice is the "
-        "user's activity). Rows in which a task has no label are not counted.",
+        "The metrics of parts of these rows: by domain, and by how often training saw a row's id (0 and 1-4 times: cold; a user's "
+        "slice is the user's activity). Rows in which a task has no label are not counted.",
     )
     for name, e in found_of(examined, s).items():
         if not e.slices:

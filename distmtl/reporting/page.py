@@ -13,19 +13,31 @@ STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, CanvasText 22%, Canvas); --faint: color-mix(in srgb, CanvasText 5%, Canvas); }
 body { margin: 0; background: Canvas; color: CanvasText; font: 16px/1.5 system-ui, sans-serif; }
 header, nav, main { max-width: 1120px; margin: 0 auto; padding: 0 24px; }
-h1 { font-size: 1.6rem; margin: 1.2rem 0 0.2rem; } h2 { font-size: 1.25rem; margin: 2.6rem 0 0.3rem; border-top: 1px solid var(--line);
-padding-top: 1.2rem; } h3 { font-size: 1rem; margin: 1.4rem 0 0; overflow-wrap: anywhere; }
-p { max-width: 46rem; margin: 0.4rem 0; overflow-wrap: anywhere; } figure { margin: 0.8rem 0 0.2rem; }
-svg { display: block; max-width: 100%; height: auto; } svg image { image-rendering: pixelated; }
+h1 { font-size: 1.6rem; margin: 1.2rem 0 0.2rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 0.3rem; border-top: 1px solid var(--line); padding-top: 1.2rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 0; overflow-wrap: anywhere; }
+p { max-width: 46rem; margin: 0.4rem 0; overflow-wrap: anywhere; }
+figure { margin: 0.8rem 0 0.2rem; }
+svg { display: block; max-width: 100%; height: auto; }
+svg image { image-rendering: pixelated; }
 svg text { font-family: "DejaVu Sans", Verdana, system-ui, sans-serif !important; }
-nav ol { columns: 3 14rem; padding-left: 1.4rem; } a { color: LinkText; } :focus-visible { outline: 3px solid #E69F00; outline-offset: 2px; }
-.skip { position: absolute; left: -99rem; } .skip:focus { left: 8px; top: 8px; background: Canvas; padding: 6px; }
-.scroll { overflow-x: auto; max-height: 32rem; border: 1px solid var(--line); } details { margin: 0.4rem 0; } summary { cursor: pointer; }
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; } caption { text-align: left; padding: 4px 10px; }
-th, td { padding: 2px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: pre-wrap; max-width: 46rem;
-overflow-wrap: break-word; } th { background: var(--faint); } .word { text-align: left; } pre { overflow: auto; font-size: 0.85rem; }
-.none { border-left: 4px solid var(--line); padding-left: 10px; } .alarm { border-left: 4px solid #D55E00; padding-left: 10px; }
-@media print { details > * { display: block; } nav { display: none; } }
+nav ol { columns: 3 14rem; padding-left: 1.4rem; }
+a { color: LinkText; }
+:focus-visible { outline: 3px solid #E69F00; outline-offset: 2px; }
+.skip { position: absolute; left: -99rem; }
+.skip:focus { left: 8px; top: 8px; background: Canvas; padding: 6px; }
+.scroll { overflow-x: auto; max-height: 32rem; border: 1px solid var(--line); }
+details { margin: 0.4rem 0; }
+summary { cursor: pointer; }
+table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: 4px 10px; }
+th, td { padding: 2px 10px; text-align: right; border-bottom: 1px solid var(--line); }
+th, td { white-space: pre-wrap; max-width: 46rem; overflow-wrap: break-word; }
+th { background: var(--faint); }
+.word { text-align: left; }
+.none { border-left: 4px solid var(--line); padding-left: 10px; }
+.alarm { border-left: 4px solid #D55E00; padding-left: 10px; }
+@media print { nav { display: none; } }
 """
 
 
@@ -61,8 +73,9 @@ def page(title: str, intro: Sequence[str], sections: Sequence[Section]) -> str:
     e = html.escape
     contents = "".join(f'<li><a href="#{s.name}">{e(s.title)}</a></li>' for s in sections)
     return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{e(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n'
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{e(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
         f'<a class="skip" href="#{sections[0].name}">Skip to the first section</a>\n'
         f"<header><h1>{e(title)}</h1>{''.join(f'<p>{e(line)}</p>' for line in intro)}</header>\n"
         f'<nav aria-label="Contents"><ol>{contents}</ol></nav>\n<main>\n{"".join(map(_section, sections))}</main>\n</body>\n</html>\n'

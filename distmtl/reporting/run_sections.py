@@ -24,8 +24,9 @@ def results(runs: Sequence[Run]) -> Section:
     s = Section(
         "results",
         "Results",
-        "What the runs came to, as their result.json has it: metrics are of the best checkpoint. AUC, GAUC and PR-AUC are better higher; "
-        "logloss, NE, RMSE and MAE lower; calibration is the sum of the predictions over that of the labels, and right at 1.",
+        "What the runs came to, as their result.json has it: metrics are of the best checkpoint. AUC, GAUC and PR-AUC are better "
+        "higher; logloss, NE, RMSE and MAE lower; calibration is the sum of the predictions over that of the labels, and right at "
+        "1.",
     )
     figures: dict[str, Callable[[Run], Any]] = {
         "head": lambda r: r.config.model.kind,
@@ -54,9 +55,10 @@ def learning(runs: Sequence[Run]) -> Section:
     s = Section(
         "learning",
         "Learning curves",
-        "Training loss and validation metrics by step. A training loss that still falls while the validation metric turns for the worse is "
-        "over-fitting; curves that still rise at their end want more steps. The dotted line is the best AUC that the data allow, where they "
-        "know it. A followed run predicts every partition before it trains it, so that curve is of rows not yet seen.",
+        "Training loss and validation metrics by step. A training loss that still falls while the validation metric turns for the "
+        "worse is over-fitting; curves that still rise at their end want more steps. The dotted line is the best AUC that the data "
+        "allow, where they know it. A followed run predicts every partition before it trains it, so that curve is of rows not yet "
+        "seen.",
     )
     tasks = list(dict.fromkeys(t.name for r in runs for t in r.config.tasks))
     losses = [Panel(t, "step", unit_of_loss(runs, t), _losses(runs, t)) for t in tasks]
@@ -145,8 +147,9 @@ def weights(runs: Sequence[Run]) -> Section:
     s = Section(
         "weights",
         "Balance of the tasks",
-        "λ is the mean weight of a task's loss by the weighting method, on top of its own weight: 1 where nothing weighs. A task whose "
-        "gradient norm is ten times the others' owns the shared part. Calibration in training should come to 1 soon after the start.",
+        "λ is the mean weight of a task's loss by the weighting method, on top of its own weight: 1 where nothing weighs. A task "
+        "whose gradient norm is ten times the others' owns the shared part. Calibration in training should come to 1 soon after "
+        "the start.",
     )
     figures = (("λ", "lambda", "λ"), ("gradient norm", "gradient_norm", "‖g‖"), ("calibration in training", "calibration", "Σp / Σy"))
     for run in _with_health(runs, s):
@@ -166,9 +169,9 @@ def conflict(runs: Sequence[Run]) -> Section:
     s = Section(
         "conflict",
         "Conflict of the tasks",
-        "The cosine of two tasks' gradients where what they share ends: below 0 for long, the tasks pull apart, and gradient surgery, experts "
-        "of their own or two models may do better; near 0 is the usual case; near 1 they are one task. One value is of one batch and noisy: "
-        "read the mean.",
+        "The cosine of two tasks' gradients where what they share ends: below 0 for long, the tasks pull apart, and gradient "
+        "surgery, experts of their own or two models may do better; near 0 is the usual case; near 1 they are one task. One value "
+        "is of one batch and noisy: read the mean.",
     )
     for run in _with_health(runs, s):
         h = run.history
@@ -197,9 +200,9 @@ def gates(runs: Sequence[Run]) -> Section:
     s = Section(
         "gates",
         "Gates",
-        "Every expert's share of a task's gates over time, mean over rows. Entropy 1 means all experts alike, 0 one expert per row: falling "
-        "while the shares stay even is specialisation; one share near 1 for all rows is collapse. An expert whose load (mean share over the "
-        "tasks) is far below its fair share starves.",
+        "Every expert's share of a task's gates over time, mean over rows. Entropy 1 means all experts alike, 0 one expert per "
+        "row: falling while the shares stay even is specialisation; one share near 1 for all rows is collapse. An expert whose "
+        "load (mean share over the tasks) is far below its fair share starves.",
     )
     for run in _with_health(runs, s):
         h = run.history
@@ -210,11 +213,10 @@ def gates(runs: Sequence[Run]) -> Section:
         series = [(r["step"], r["health"]["gate"]) for r in run.of_kind("train") if (r.get("health") or {}).get("gate")]
         cuts = _stretches(len(series))
         steps = [str(series[last - 1][0]) for _, last in cuts]
-        maps = [
-            Map(t, [str(e) for e in range(len(of))], steps, [[_mean([g[t][e] for _, g in series[a:b]]) for a, b in cuts] for e in range(len(of))],
-                x="step", y="expert")
-            for t, of in h.gates.items()
-        ]  # fmt: skip
+        maps = []
+        for t, of in h.gates.items():
+            shares = [[_mean([g[t][e] for _, g in series[a:b]]) for a, b in cuts] for e in range(len(of))]
+            maps.append(Map(t, [str(e) for e in range(len(of))], steps, shares, x="step", y="expert"))
         s.alarms += [f"{run.name}, step {a['step']:,}{'' if a['stands'] else ' (no longer)'}: {a['text']}." for a in h.alarms]
         s.parts += [*_heading(run, runs)]
         s.parts += [
@@ -243,9 +245,9 @@ def speed(runs: Sequence[Run]) -> Section:
     s = Section(
         "speed",
         "Speed and memory",
-        "Samples per second over all workers; the share of a step in which the training waited for data (above a few percent the reader is the "
-        "limit: more data.prefetch, faster storage); the largest memory of worker 0 so far. The first log line holds what happens once. "
-        "Vertical dotted lines are restarts.",
+        "Samples per second over all workers; the share of a step in which the training waited for data (above a few percent the "
+        "reader is the limit: more data.prefetch, faster storage); the largest memory of worker 0 so far. The first log line holds "
+        "what happens once. Vertical dotted lines are restarts.",
     )
     figures = (("throughput", "samples_per_second", "samples/s", 1.0), ("waiting for data", "data_wait", "% of the time", 100.0),
                ("memory of worker 0", "memory_mb", "MiB", 1.0))  # fmt: skip
@@ -269,8 +271,8 @@ def failures(runs: Sequence[Run]) -> Section:
     s = Section(
         "failures",
         "Failures and restarts",
-        "What the log tells beside its figures: every start, what was said on the way, the end. An attempt after the first went on from the "
-        "newest complete checkpoint; what lay behind it was trained again.",
+        "What the log tells beside its figures: every start, what was said on the way, the end. An attempt after the first went on "
+        "from the newest complete checkpoint; what lay behind it was trained again.",
     )
     for run in runs:
         saved = run.of_kind("checkpoint")
@@ -299,8 +301,8 @@ def plan(runs: Sequence[Run]) -> Section:
     s = Section(
         "plan",
         "Sharding plan",
-        "Which part of which table every rank holds, weights and optimizer state. Bars of about one length are a balanced plan; a rank that "
-        "holds far more than the others is the slowest, or the first without memory.",
+        "Which part of which table every rank holds, weights and optimizer state. Bars of about one length are a balanced plan; a "
+        "rank that holds far more than the others is the slowest, or the first without memory.",
     )
     for run in runs:
         if not run.plan or not run.plan["tables"]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from distmtl.config import BinaryTask, Config, MulticlassTask, Strict, did_you_mean
 from distmtl.config.base import Name
+from distmtl.config_file import parse_yaml
 from distmtl.errors import DistmtlError
 
 Predictions = dict[str, np.ndarray]
@@ -37,13 +40,36 @@ class LinearFusion(Strict):
     tasks: dict[Name, float] = Field(min_length=1)
 
 
-Fusion = Annotated[ProductFusion | LinearFusion, Field(discriminator="kind")]
+AnyFusion = ProductFusion | LinearFusion
+Fusion = Annotated[AnyFusion, Field(discriminator="kind")]
+FUSION: TypeAdapter[AnyFusion] = TypeAdapter(Fusion)
 
 
-class FusionFile(Strict):
-    """What `--fusion FILE` holds."""
+def parse_fusion(raw: Any) -> AnyFusion:
+    """
+    Raises:
+        DistmtlError: it is no formula.
+    """
+    try:
+        return FUSION.validate_python({"kind": "product"} | raw if isinstance(raw, dict) else raw, strict=True)
+    except ValidationError as e:
+        error = e.errors(include_url=False)[0]
+        raise DistmtlError(f"fusion{''.join(f'.{part}' for part in error['loc'])}: {error['msg']}") from None
 
-    fusion: Fusion
+
+def read_fusion(path: Path) -> AnyFusion:
+    """What `--fusion FILE` holds: `fusion:` and the formula, YAML or JSON.
+
+    Raises:
+        DistmtlError: it does not.
+    """
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError) as e:
+        raise DistmtlError(f"{path} cannot be read: {e}") from None
+    if not isinstance(raw, dict) or list(raw) != ["fusion"]:
+        raise DistmtlError(f"{path} has not the one key fusion, with a formula under it")
+    return parse_fusion(raw["fusion"])
 
 
 def default_fusion(config: Config) -> ProductFusion:
@@ -57,7 +83,7 @@ def scalar_tasks(config: Config) -> list[str]:
     return [t.name for t in config.tasks if not isinstance(t, MulticlassTask)]
 
 
-def check_fusion(fusion: ProductFusion | LinearFusion, config: Config) -> None:
+def check_fusion(fusion: AnyFusion, config: Config) -> None:
     """
     Raises:
         DistmtlError: it names a task that the model does not have, or one of several classes.
@@ -68,7 +94,7 @@ def check_fusion(fusion: ProductFusion | LinearFusion, config: Config) -> None:
             raise DistmtlError(f"fusion: the model has no task {name!r} that predicts one number{did_you_mean(name, known)}")
 
 
-def fuse(fusion: ProductFusion | LinearFusion, predictions: Predictions, price: np.ndarray | None) -> np.ndarray:
+def fuse(fusion: AnyFusion, predictions: Predictions, price: np.ndarray | None) -> np.ndarray:
     """(n,) float64 scores."""
     if isinstance(fusion, LinearFusion):
         return np.sum([w * predictions[t].astype(np.float64) for t, w in fusion.tasks.items()], axis=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,37 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distmtl.calibration import Calibration
-from distmtl.config import MulticlassTask
+from distmtl.config import Config, MulticlassTask
 from distmtl.data.collate import ROW, Collator
 from distmtl.data.rows import batch_of
 from distmtl.data.schema import arrow_type
 from distmtl.errors import DistmtlError
 from distmtl.exporting import manifest, program
 from distmtl.exporting.manifest import MODEL, Manifest
+from distmtl.exporting.program import Run
+from distmtl.exporting.row_formats import Rows
 from distmtl.scores import Predictions, served
 from distmtl.serving.lookup import Lookup
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Predictions of n rows; of each row how many ids were looked up, and how many of them were outside their table."""
+
+    predictions: dict[str, np.ndarray]
+    ids: np.ndarray  # (n,)
+    replaced: np.ndarray  # (n,)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A delta in memory. changed: table → numbers of its rows, and the rows."""
+
+    folder: Path
+    manifest: Manifest
+    changed: dict[str, tuple[Tensor, Rows]]
+    program: Run
+    predictions: Predictions
 
 
 class Predictor:
@@ -52,10 +75,7 @@ class Predictor:
 
     def _take(self, folder: Path, of: Manifest) -> None:
         """All but the tables."""
-        self.manifest = of
-        with (folder / MODEL).open("rb") as file:
-            self.program = program.load(file, f"export {folder}: {MODEL}")
-        self.predictions = Predictions(self.config, {task: Calibration.from_dict(c) for task, c in of.calibrations.items()})
+        self.manifest, self.program, self.predictions = of, *_loaded(folder, of, self.config)
 
     def apply(self, path: str | Path) -> None:
         """Become what a delta makes of this export.
@@ -63,16 +83,37 @@ class Predictor:
         Raises:
             DistmtlError: it is damaged, or of another export than this one.
         """
+        self.commit(self.prepare(path))
+
+    def prepare(self, path: str | Path) -> Delta:
+        """A delta of this export (or of the delta before it, not yet committed), read and checked. Another thread may score meanwhile.
+
+        Raises:
+            DistmtlError: it is damaged.
+        """
         folder = Path(path)
         delta = manifest.read(folder)
-        if delta.base != self.manifest.digest:
-            raise DistmtlError(f"delta {folder} changes export {delta.base}, and this is {self.manifest.digest}; apply those between first")
         manifest.verify(folder, delta)
+        changed = {}
         for table in self.lookup.weights:
             if (file := folder / "tables" / table / "changed.safetensors").exists():
                 rows = load_file(file)
-                self.lookup.update(table, rows.pop("rows"), rows)
-        self._take(folder, delta)
+                changed[table] = rows.pop("rows"), rows
+        return Delta(folder, delta, changed, *_loaded(folder, delta, self.config))
+
+    def commit(self, delta: Delta) -> None:
+        """Take a delta in; not while another thread scores.
+
+        Raises:
+            DistmtlError: it is of another export than this one.
+        """
+        if delta.manifest.base != self.manifest.digest:
+            raise DistmtlError(
+                f"delta {delta.folder} changes export {delta.manifest.base}, and this is {self.manifest.digest}; apply those between first"
+            )
+        for table, (numbers, rows) in delta.changed.items():
+            self.lookup.update(table, numbers, rows)
+        self.manifest, self.program, self.predictions = delta.manifest, delta.program, delta.predictions
 
     def __call__(self, table: pa.Table) -> dict[str, np.ndarray]:
         """Task → (n,) float32, a probability of a binary one, or (n, classes) probabilities, of rows in their order.
@@ -83,16 +124,22 @@ class Predictor:
         Raises:
             DistmtlError: a value that the model does not take, with its column and row (counted from 0).
         """
+        return self.score(table).predictions
+
+    def score(self, table: pa.Table) -> Scored:
+        """The same, and how many ids were not in the tables."""
         n = table.num_rows
         if not n:
-            return {t.name: np.zeros((0, t.classes) if isinstance(t, MulticlassTask) else 0, np.float32) for t in self.config.tasks}
+            none = {t.name: np.zeros((0, t.classes) if isinstance(t, MulticlassTask) else 0, np.float32) for t in self.config.tasks}
+            return Scored(none, np.zeros(0, np.int64), np.zeros(0, np.int64))
         rows = self.collate(table.append_column(ROW, pa.array(np.arange(n))))
         self._refuse_unseen(rows.domain)
         batch = batch_of([(rows, 0, n)], self.collate.keys, n)
         with torch.inference_mode():
             outputs = self._outputs(batch.sparse, batch.dense, batch.domain)
             predicted = self.predictions(outputs, batch.sparse, batch.extras)
-            return {t.name: served(t, p) for t, p in zip(self.config.tasks, predicted, strict=True)}
+            predictions = {t.name: served(t, p) for t, p in zip(self.config.tasks, predicted, strict=True)}
+        return Scored(predictions, batch.sparse.lengths().numpy().reshape(-1, n).sum(0), rows.replaced)
 
     def _refuse_unseen(self, domains: np.ndarray | None) -> None:
         if domains is None or self.manifest.domains is None:
@@ -115,3 +162,9 @@ class Predictor:
             lengths = torch.cat([lengths, lengths.new_tensor(self.hashes)[:, None].expand(-1, more)], dim=1)
             domain = None if domain is None else torch.cat([domain, domain.new_zeros(more)])
         return self.program(pooled, lists, lengths, dense, domain)[:n]
+
+
+def _loaded(folder: Path, of: Manifest, config: Config) -> tuple[Run, Predictions]:
+    with (folder / MODEL).open("rb") as file:
+        run = program.load(file, f"export {folder}: {MODEL}")
+    return run, Predictions(config, {task: Calibration.from_dict(c) for task, c in of.calibrations.items()})

@@ -1,0 +1,136 @@
+"""What /openapi.json says: OpenAPI 3.1, its schemas made from the columns that a model reads and the tasks that it predicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distmtl.config import Config, MulticlassTask
+from distmtl.exporting.manifest import Manifest
+from distmtl.serving.columns import MAX_STRING, Column
+from distmtl.serving.fusion import FUSION
+from distmtl.serving.request import PRICE, Limits
+
+REF = "#/components/schemas/"
+JSON = "application/json"
+
+
+def openapi(manifest: Manifest, config: Config, columns: dict[str, Column], limits: Limits) -> dict[str, Any]:
+    fusion = FUSION.json_schema(ref_template=REF + "{model}")
+    schemas = fusion.pop("$defs") | {
+        "Fusion": fusion,
+        "Request": _request(columns, limits),
+        "Response": _response(config),
+        "Error": _object({"error": {"type": "string", "description": "one sentence"}}),
+    }
+    refused = {
+        status: _answer(text, {"$ref": f"{REF}Error"})
+        for status, text in {
+            "400": "it is not JSON",
+            "401": "no bearer token, or another",
+            "413": f"the body has more than {limits.body_kb} kB",
+            "422": "it is JSON, but no request that the model takes",
+            "503": "too many requests wait; come again",
+        }.items()
+    }
+    text = {"type": "string"}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": manifest.name, "version": manifest.digest, "description": "Scores of a multi-task ranking model."},
+        "paths": {
+            "/v1/score": {
+                "post": {
+                    "summary": "Score candidates for one context.",
+                    "parameters": [
+                        {
+                            "name": "X-Split-Key",
+                            "in": "header",
+                            "schema": text,
+                            "description": "a user or session: all its requests get the same version",
+                        }
+                    ],
+                    "requestBody": {"required": True, "content": {JSON: {"schema": {"$ref": f"{REF}Request"}}}},
+                    "responses": {"200": _answer("scores", {"$ref": f"{REF}Response"}), **refused},
+                }
+            },
+            "/v1/health": {"get": {"summary": "The process lives.", "responses": {"200": _answer("it does", {"type": "object"})}}},
+            "/v1/ready": {"get": {"summary": "Models are loaded.", "responses": {"200": _answer("they are", {"type": "object"})}}},
+            "/v1/model": {"get": {"summary": "What is served.", "responses": {"200": _answer("versions", {"type": "object"})}}},
+            "/openapi.json": {"get": {"summary": "This.", "responses": {"200": _answer("OpenAPI 3.1", {"type": "object"})}}},
+            "/metrics": {
+                "get": {
+                    "summary": "For Prometheus.",
+                    "responses": {"200": {"description": "text", "content": {"text/plain": {"schema": text}}}},
+                }
+            },
+        },
+        "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"token": []}],
+    }
+
+
+def _answer(text: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": text, "content": {JSON: {"schema": schema}}}
+
+
+def _object(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:
+    required = list(properties) if required is None else required
+    return {"type": "object", "additionalProperties": False, "properties": properties, "required": required}
+
+
+def _request(columns: dict[str, Column], limits: Limits) -> dict[str, Any]:
+    """Every column in exactly one of the two places; that lists of candidates are equally long is beyond JSON Schema."""
+    values = {name: _value(c) for name, c in ({PRICE.name: PRICE} | columns).items()}
+    lists = {name: {"type": "array", "maxItems": limits.candidates, "items": value} for name, value in values.items()}
+    once = [
+        {"oneOf": [{"required": [place], "properties": {place: {"required": [name]}}} for place in ("context", "candidates")]}
+        for name in columns
+    ]
+    properties = {
+        "context": {**_object(values, []), "description": "columns that are the same for all candidates"},
+        "candidates": {
+            **_object(lists, []),
+            "minProperties": 1,
+            "description": "columns that differ, a value for each candidate; all lists equally long. `price` is for the fusion alone, "
+            "where the model does not read it.",
+        },
+        "fusion": {"$ref": f"{REF}Fusion", "description": "instead of the server's own"},
+        "version": {"type": "string", "description": "instead of what the split chooses"},
+    }
+    return {**_object(properties, ["candidates"]), "allOf": once}
+
+
+def _value(column: Column) -> dict[str, Any]:
+    item: dict[str, Any] = {"type": column.item}
+    if column.item == "string":
+        item["maxLength"] = MAX_STRING
+    else:
+        item["minimum"], item["maximum"] = column.bounds
+    if column.lengths:
+        item = {"type": "array", "items": item, "minItems": column.lengths[0], "maxItems": column.lengths[1]}
+    return {**item, "type": [item["type"], "null"]} if column.nullable else item
+
+
+def _response(config: Config) -> dict[str, Any]:
+    number = {"type": "number"}
+    scores = {
+        t.name: {
+            "type": "array",
+            "items": {"type": "array", "items": number, "minItems": t.classes, "maxItems": t.classes}
+            if isinstance(t, MulticlassTask)
+            else number,
+        }
+        for t in config.tasks
+    }
+    return _object(
+        {
+            "version": {"type": "string", "description": "its name"},
+            "digest": {"type": "string", "description": "the export's, or the last delta's"},
+            "scores": _object(scores),
+            "fused": {"type": "array", "items": number},
+            "order": {
+                "type": "array",
+                "items": {"type": "integer"},
+                "description": "candidates, the best first; of equal ones the first first",
+            },
+        }
+    )
