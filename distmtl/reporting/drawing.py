@@ -21,7 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = "os^Dv*"
 INK, FAINT = "#010203", "#808080"  # the first becomes the colour of the page's text
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # matplotlib's type of it names every key there is
     "svg.fonttype": "none", "svg.hashsalt": "distmtl", "font.size": 9, "axes.titlesize": 10, "font.family": "sans-serif",
     "text.color": INK, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.grid": True, "grid.color": FAINT, "grid.alpha": 0.25, "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
@@ -68,7 +68,7 @@ def lines(panels: Sequence[Panel], title: str) -> str:
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         labelled = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        if len(labelled) > 1 or any(label for label in labelled):
+        if len(labelled) > 1:
             figure.legend(labelled.values(), labelled.keys(), loc="outside lower left", ncols=min(len(labelled), 5), handlelength=3.4)
         return svg(figure, title)
 
@@ -88,9 +88,12 @@ def _draw(axes: Axes, panel: Panel) -> None:
             look["marker"] = MARKERS[line.style % len(MARKERS)]
         axes.plot(x, y, label=line.label, **look)
         if line.span:
-            axes.fill_between(x, *zip(*line.span, strict=True), color=look["color"], alpha=0.18, linewidth=0)
+            axes.fill_between(
+                x, [low for low, _ in line.span], [high for _, high in line.span], color=look["color"], alpha=0.18, linewidth=0
+            )
     if panel.square:
-        most = 1.03 * max((v for line in panel.lines for v in (*line.x, *line.y) if v is not None), default=1.0)
+        ends = [high for line in panel.lines for _, high in line.span]
+        most = 1.03 * max([v for line in panel.lines for v in (*line.x, *line.y) if v is not None] + ends, default=1.0)
         axes.set(xlim=(0, most), ylim=(0, most))
         axes.set_aspect("equal")
     if panel.names:
@@ -125,7 +128,8 @@ def heat_maps(maps: Sequence[Map], title: str, unit: str, span: tuple[float, flo
         form: of the numbers that are written into the cells; "" writes none.
         abreast: how many maps side by side.
     """
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+    style: Any = {**STYLE, "axes.grid": False}
+    with matplotlib.rc_context(style):
         columns = min(abreast, len(maps))
         rows = -(-len(maps) // columns)
         tall = max(len(m.rows) for m in maps)
@@ -143,19 +147,23 @@ def heat_maps(maps: Sequence[Map], title: str, unit: str, span: tuple[float, flo
             axes.set_yticks(range(len(m.rows)), [shortened(r, 26) for r in m.rows])
             _name_columns(axes, m, turned=bool(form) and max(map(len, m.columns)) > 9)
             for (i, j), v in np.ndenumerate(values) if form else ():
-                dark = not math.isnan(v) and sum(image.cmap(image.norm(v))[:3]) < 1.5
-                axes.text(
-                    j, i, "·" if math.isnan(v) else format(v, form),
-                    ha="center", va="center", fontsize=8, color=INK if math.isnan(v) else "white" if dark else "black",
-                )  # fmt: skip
+                colour = INK if math.isnan(v) else "white" if sum(image.cmap(image.norm(v))[:3]) < 1.5 else "black"
+                axes.text(j, i, _number(v, form), ha="center", va="center", fontsize=8, color=colour)
         for axes in grid[len(maps) :]:
             axes.set_axis_off()
         figure.colorbar(image, ax=grid[: len(maps)].tolist(), label=unit, fraction=0.04, aspect=12, pad=0.01)
         return svg(figure, title)
 
 
+def _number(value: float, form: str) -> str:
+    if math.isnan(value):
+        return "·"
+    text = format(value, form)
+    return text if float(text) else format(0.0, form)  # no -0.0
+
+
 def _name_columns(axes: Axes, m: Map, turned: bool) -> None:
-    every = max(len(m.columns) // (8 if not turned and max(map(len, m.columns)) > 3 and len(m.columns) > 12 else 24), 1)
+    every = max(-(-len(m.columns) * max(map(len, m.columns)) // 40), 1) if not turned else 1
     names = [shortened(c, 18) for c in m.columns[::every]]
     axes.set_xticks(range(0, len(m.columns), every), names, **({"rotation": 25, "ha": "right"} if turned else {}))
 
@@ -209,7 +217,7 @@ class Piece:
 def stacked(pieces: Sequence[Piece], names: Sequence[str], x: str, title: str) -> str:
     """A bar per name, its pieces side by side, coloured and hatched by their kind, with their name where there is room."""
     hatches = ("", "//", "..", "xx", "\\\\", "++")
-    style = {**STYLE, "hatch.color": "#ffffff", "hatch.linewidth": 0.5}
+    style: Any = {**STYLE, "hatch.color": "#ffffff", "hatch.linewidth": 0.5}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, 0.42 * len(names) + 1.3), layout="constrained")
         axes = figure.subplots()

@@ -9,7 +9,7 @@ from typing import Any
 from distmtl.reporting import drawing
 from distmtl.reporting.drawing import Bars, Line, Map, Panel
 from distmtl.reporting.examination import Drop, Examination
-from distmtl.reporting.page import Plot, Section, Table, series_rows
+from distmtl.reporting.page import Plot, Section, Table, called, series_rows
 
 Examined = Mapping[str, Examination | str]  # run → what was found, or why nothing was looked for
 
@@ -113,11 +113,14 @@ def ablation(examined: Examined) -> Section:
             values = [[None if (v := drop[t]) is None else 1000 * v for drop in e.ablation.values()] for t in tasks]
             most = max((abs(v) for row in values for v in row if v is not None), default=0.0) or 1.0
             maps = [Map("without expert …", tasks, experts, values, x="expert", y="task")]
-            drawn = drawing.heat_maps(maps, f"{metric} lost without every expert", f"{metric} lost × 1000", (-most, most), "+.1f")
-            s.parts += [Plot(f"{metric} lost, × 1000, task × expert", drawn)]
+            drawn = drawing.heat_maps(
+                maps, f"{called(metric)} lost without every expert", f"{called(metric)} lost × 1000", (-most, most), "+.1f"
+            )
+            s.parts += [Plot(f"{called(metric)} lost, × 1000, task × expert", drawn)]
         heads = ["task", "metric", "whole", *(f"without {x}" for x in experts)]
         rows = [
-            [t, m, e.metrics[t].get(m), *(None if (v := d[t]) is None else v for d in e.ablation.values())] for t, m in e.headline.items()
+            [t, called(m), e.metrics[t].get(m), *(None if (v := d[t]) is None else v for d in e.ablation.values())]
+            for t, m in e.headline.items()
         ]
         s.parts += [Table(f"what is lost without an expert, {name}", heads, rows)]
     return s
@@ -138,11 +141,11 @@ def importance(examined: Examined) -> Section:
         panels = []
         for t, m in e.headline.items():
             of = [[v for d in e.importance[f] if (v := d[t]) is not None] or [0.0] for f in shown]
-            panels.append(Bars(t, f"{m} lost", shown, [means[f][t] for f in shown], [min(v) for v in of], [max(v) for v in of]))
+            panels.append(Bars(t, f"{called(m)} lost", shown, [means[f][t] for f in shown], [min(v) for v in of], [max(v) for v in of]))
         s.parts += [name] if len(examined) > 1 else []
         title = f"the {SHOWN} features of {len(order)} that matter most" if len(order) > SHOWN else "every feature"
         s.parts += [Plot(f"Permutation importance: {title}", drawing.bars(panels, f"permutation importance: {title}"))]
-        heads = ["feature", *(f"{t}: {m} lost" for t, m in e.headline.items())]
+        heads = ["feature", *(f"{t}: {called(m)} lost" for t, m in e.headline.items())]
         s.parts += [Table(f"permutation importance, {name}", heads, [[f, *(means[f][t] for t in e.headline)] for f in order])]
     return s
 
@@ -170,7 +173,7 @@ def slices(examined: Examined) -> Section:
                     for place, metrics in [("all", e.metrics), *of.items()]
                     if (of_task := metrics[t])["rows"]
                 ]
-            metrics_named = " / ".join(dict.fromkeys(e.headline.values()))
+            metrics_named = " / ".join(dict.fromkeys(map(called, e.headline.values())))
             heads = ["task", "slice", "rows", "positives", metrics_named, "calibration"]
             s.parts += [Table(f"{name} by {feature}" if len(examined) > 1 else f"by {feature}", heads, rows, shown=True)]
     return s

@@ -11,7 +11,7 @@ from distmtl.health_page import Series
 from distmtl.reporting import drawing
 from distmtl.reporting.drawing import Line, Map, Panel, Piece
 from distmtl.reporting.gathering import Run, config_differences
-from distmtl.reporting.page import Plot, Section, Table, cell, series_rows
+from distmtl.reporting.page import Plot, Section, Table, called, cell, series_rows
 from distmtl.run_directory import flat
 
 STRETCHES = 48  # of time in a heat map
@@ -67,7 +67,7 @@ def learning(runs: Sequence[Run]) -> Section:
         s.parts += [_numbers("losses", losses)]
     else:
         s.missing += ["No step was logged yet."]
-    measured = [Panel(t, "step", headline(runs, t), _measured(runs, t)) for t in tasks]
+    measured = [Panel(t, "step", called(headline(runs, t)), _measured(runs, t)) for t in tasks]
     if any(p.lines for p in measured):
         s.parts += [
             Plot("Validation", drawing.lines(measured, "validation metric of every task by step")),
@@ -78,7 +78,7 @@ def learning(runs: Sequence[Run]) -> Section:
     followed = [r for r in runs if r.partitions]
     if followed:
         names = max(([line["name"] for line in r.partitions] for r in followed), key=len)
-        panels = [Panel(t, "partition", headline(runs, t), _followed(followed, t), names=names) for t in tasks]
+        panels = [Panel(t, "partition", called(headline(runs, t)), _followed(followed, t), names=names) for t in tasks]
         s.parts += [Plot("Every partition before it was trained", drawing.lines(panels, "metric of every partition before training on it"))]
         s.parts += [_numbers("partitions", panels)]
     return s
