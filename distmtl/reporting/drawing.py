@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = "os^Dv*"
+STYLES = len(COLOURS) * len(DASHES)
 INK, FAINT = "#010203", "#808080"  # the first becomes the colour of the page's text
 STYLE: Any = {  # matplotlib's type of it names every key there is
     "svg.fonttype": "none", "svg.hashsalt": "distmtl", "font.size": 9, "axes.titlesize": 10, "font.family": "sans-serif",
@@ -39,7 +40,7 @@ class Line:
     label: str
     x: Sequence[float]
     y: Sequence[float | None]
-    style: int = 0  # place among COLOURS, DASHES and MARKERS
+    style: int = 0  # lines of one style are one thing
     faint: bool = False  # a bound or reference, dotted and without marks
     span: Sequence[tuple[float, float]] = ()  # an interval around every y
 
@@ -81,12 +82,12 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.axvline(mark, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="restart")
     for line in panel.lines:
         x, y = thinned(line.x, [math.nan if v is None else v for v in line.y])
-        look: dict[str, Any] = {"color": COLOURS[line.style % len(COLOURS)], "linestyle": DASHES[line.style % len(DASHES)]}
+        look = _look(line.style)
         if line.faint:
             look |= {"linestyle": (0, (1, 2)), "linewidth": 1.2}
         elif np.isfinite(y).sum() <= 30:
             look["marker"] = MARKERS[line.style % len(MARKERS)]
-        axes.plot(x, y, label=line.label, **look)
+        axes.plot(x, y, label=shortened(line.label, 40), **look)
         if line.span:
             axes.fill_between(
                 x, [low for low, _ in line.span], [high for _, high in line.span], color=look["color"], alpha=0.18, linewidth=0
@@ -101,6 +102,12 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.set_xticks(range(0, len(panel.names), every), [shortened(n, 14) for n in panel.names[::every]], rotation=25, ha="right")
     if axes.get_ylim()[0] > 0 and axes.get_ylim()[1] / axes.get_ylim()[0] > 1e3:
         axes.set_yscale("log")
+
+
+def _look(style: int) -> dict[str, Any]:
+    """Colour and dashes: no two alike among the first STYLES."""
+    again = style // len(COLOURS)
+    return {"color": COLOURS[style % len(COLOURS)], "linestyle": DASHES[(style + again) % len(DASHES)]}
 
 
 def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +172,7 @@ def _number(value: float, form: str) -> str:
 def _name_columns(axes: Axes, m: Map, turned: bool) -> None:
     every = max(-(-len(m.columns) * max(map(len, m.columns)) // 40), 1) if not turned else 1
     names = [shortened(c, 18) for c in m.columns[::every]]
-    axes.set_xticks(range(0, len(m.columns), every), names, **({"rotation": 25, "ha": "right"} if turned else {}))
+    axes.set_xticks(range(0, len(m.columns), every), names, rotation=25 if turned else 0, ha="right" if turned else "center")
 
 
 @dataclass(frozen=True)
@@ -265,7 +272,4 @@ def svg(figure: Figure, title: str) -> str:
     width = re.search(r'width="([\d.]+)pt"', head)
     assert view and width
     style = f"width:{float(width[1]) * 4 / 3:.0f}px"
-    return (
-        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg" {view[0]} style="{style}" role="img" '
-        f'aria-label="{html.escape(title)}">{rest}'
-    )
+    return f'<svg {view[0]} style="{style}" role="img" aria-label="{html.escape(title)}">{rest}'

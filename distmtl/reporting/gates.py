@@ -58,11 +58,14 @@ def without_expert(of_tasks: Sequence[Gated], expert: int) -> Iterator[list[bool
         if (place := list(of.experts).index(expert)) < gate.out_features
     ]
     before = [bias[place].item() for bias, place in biases]
+    _put(biases, [-math.inf] * len(biases))
+    try:
+        yield lose
+    finally:
+        _put(biases[::-1], before[::-1])  # omoe's is there once per task
+
+
+def _put(places: Sequence[tuple[torch.Tensor, int]], values: Sequence[float]) -> None:
     with torch.no_grad():
-        for bias, place in biases:
-            bias[place] = -math.inf
-        try:
-            yield lose
-        finally:
-            for (bias, place), value in reversed(list(zip(biases, before, strict=True))):  # omoe's is there once per task
-                bias[place] = value
+        for (bias, place), value in zip(places, values, strict=True):
+            bias[place] = value

@@ -164,7 +164,7 @@ def slices(examined: Examined) -> Section:
     )
     for name, e in found_of(examined, s).items():
         if not e.slices:
-            s.missing += [f"{name}: no slices were asked for; --slices user_id,item_id=… names the features to slice by."]
+            s.missing += [f"{name}: no slices were asked for (--slices FEATURE[,…])."]
         for feature, of in e.slices.items():
             rows: list[list[Any]] = []
             for t, m in e.headline.items():

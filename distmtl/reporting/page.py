@@ -28,7 +28,7 @@ a { color: LinkText; }
 :focus-visible { outline: 3px solid #E69F00; outline-offset: 2px; }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { left: 8px; top: 8px; background: Canvas; padding: 6px; }
-.scroll { overflow-x: auto; max-height: 32rem; border: 1px solid var(--line); }
+.scroll { overflow-x: auto; max-height: 40rem; border: 1px solid var(--line); }
 details { margin: 0.4rem 0; }
 summary { cursor: pointer; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }

@@ -16,6 +16,7 @@ from distmtl.run_directory import flat
 
 STRETCHES = 48  # of time in a heat map
 PAIRS = 6  # of tasks whose cosine is drawn over time
+DRAWN_EXPERTS = 12  # whose load is a line
 EVENTS = 200  # newest
 PIECES = 30  # tables of a plan that are drawn one by one
 
@@ -161,7 +162,7 @@ def weights(runs: Sequence[Run]) -> Section:
         ]
         panels = [p for p in panels if p.lines]
         s.parts += [*_heading(run, runs), Plot("Weights, gradients and calibration by step", drawing.lines(panels, "balance of the tasks"))]
-        s.parts += [_numbers("balance of the tasks", panels)]
+        s.parts += [_numbers(f"balance of the tasks{_of(run, runs)}", panels)]
     return s
 
 
@@ -192,7 +193,10 @@ def conflict(runs: Sequence[Run]) -> Section:
         over_time = [Panel(title, "step", "cosine", lines)]
         s.parts += [Plot("Over time", drawing.lines(over_time, title))]
         rows = [[f"{a} – {b}", _mean(v), _last(v), min(known, default=None)] for (a, b), v in pairs.items() for known in [_known(v)]]
-        s.parts += [Table("cosines of the run", ["tasks", "mean", "last", "least"], rows), _numbers("cosines by step", over_time)]
+        s.parts += [
+            Table(f"cosines{_of(run, runs)}", ["tasks", "mean", "last", "least"], rows),
+            _numbers(f"cosines by step{_of(run, runs)}", over_time),
+        ]
     return s
 
 
@@ -217,10 +221,11 @@ def gates(runs: Sequence[Run]) -> Section:
         for t, of in h.gates.items():
             shares = [[_mean([g[t][e] for _, g in series[a:b]]) for a, b in cuts] for e in range(len(of))]
             maps.append(Map(t, [str(e) for e in range(len(of))], steps, shares, x="step", y="expert"))
+        most = max(v for m in maps for row in m.values for v in row if v is not None)
         s.alarms += [f"{run.name}, step {a['step']:,}{'' if a['stands'] else ' (no longer)'}: {a['text']}." for a in h.alarms]
         s.parts += [*_heading(run, runs)]
         s.parts += [
-            Plot("Share of the gates, expert × step", drawing.heat_maps(maps, "share of every task's gates by step", "share", (0, 1)))
+            Plot("Share of the gates, expert × step", drawing.heat_maps(maps, "share of every task's gates by step", "share", (0, most)))
         ]
         entropy = Panel("gate entropy", "step", "entropy (1: even)", [])
         entropy.lines.extend(Line(t, h.steps, of["gate_entropy"], i) for i, (t, of) in enumerate(h.tasks.items()) if "gate_entropy" in of)
@@ -228,14 +233,14 @@ def gates(runs: Sequence[Run]) -> Section:
             "load of the experts", "step", "share", [Line(f"expert {e}", h.steps, v, i) for i, (e, v) in enumerate(h.load.items())]
         )
         s.parts += [Plot("Entropy", drawing.lines([entropy], "gate entropy by step"))] if entropy.lines else []
-        if len(h.load) <= len(drawing.COLOURS):
+        if len(h.load) <= DRAWN_EXPERTS:
             s.parts += [Plot("Load", drawing.lines([load], "load of the experts by step"))]
         heads = ["task", *(f"expert {e}" for e in range(len(next(iter(h.gates.values())))))]
         s.parts += [
-            Table("gates at the last log line", heads, [[t, *of] for t, of in h.gates.items()]),
-            _numbers("entropy by step", [entropy]),
+            Table(f"gates at the last log line{_of(run, runs)}", heads, [[t, *of] for t, of in h.gates.items()]),
+            _numbers(f"entropy by step{_of(run, runs)}", [entropy]),
         ]
-        s.parts += [_numbers("load by step", [load])]
+        s.parts += [_numbers(f"load by step{_of(run, runs)}", [load])]
     if any(r.history and r.history.gates for r in runs) and not s.alarms:
         s.missing += ["No alarm: no expert starved and no task's gates collapsed at a log line."]
     return s
@@ -326,7 +331,7 @@ def plan(runs: Sequence[Run]) -> Section:
         ]
         heads = ["table", "rows", "dim", "sharding", "optimizer", "MiB", "ranks"]
         rows = [[t["table"], t["rows"], t["dim"], t["kind"], t["optimizer"], t["mb"], len({x[0] for x in t["shards"]})] for t in tables]
-        s.parts += [Table("the plan", heads, rows)]
+        s.parts += [Table(f"the plan{_of(run, runs)}", heads, rows)]
     return s
 
 
@@ -354,6 +359,11 @@ def _with_health(runs: Sequence[Run], s: Section) -> list[Run]:
 
 def _heading(run: Run, runs: Sequence[Run]) -> list[str]:
     return [run.name] if len(runs) > 1 else []
+
+
+def _of(run: Run, runs: Sequence[Run]) -> str:
+    """Beside the name of a table, which no other has."""
+    return f", {run.name}" if len(runs) > 1 else ""
 
 
 def _stretches(n: int) -> list[tuple[int, int]]:
