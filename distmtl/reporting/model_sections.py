@@ -17,7 +17,8 @@ SHOWN = 30  # features that have a bar
 
 
 def found_of(examined: Examined, s: Section) -> dict[str, Examination]:
-    s.missing += [f"{name}: {e}." for name, e in examined.items() if isinstance(e, str)]
+    reasons = {e: [name for name, of in examined.items() if of == e] for e in examined.values() if isinstance(e, str)}
+    s.missing += [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
     return {name: e for name, e in examined.items() if isinstance(e, Examination)}
 
 

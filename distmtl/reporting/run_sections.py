@@ -204,9 +204,9 @@ def gates(runs: Sequence[Run]) -> Section:
     s = Section(
         "gates",
         "Gates",
-        "Every expert's share of a task's gates over time, mean over rows. Entropy 1 means all experts alike, 0 one expert per "
-        "row: falling while the shares stay even is specialisation; one share near 1 for all rows is collapse. An expert whose "
-        "load (mean share over the tasks) is far below its fair share starves.",
+        "Every expert's share of a task's gates over time, mean over rows; grey where a task does not see it. Entropy 1 means all experts "
+        "alike, 0 one expert per row: falling while the shares stay even is specialisation; one share near 1 for all rows is collapse. An "
+        "expert whose load (mean share over the tasks) is far below its fair share starves.",
     )
     for run in _with_health(runs, s):
         h = run.history
