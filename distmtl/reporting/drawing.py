@@ -27,6 +27,7 @@ STYLE: Any = {  # matplotlib's type of it names every key there is
     "text.color": INK, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.grid": True, "grid.color": FAINT, "grid.alpha": 0.25, "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.6, "lines.markersize": 3.5, "image.composite_image": False,
+    "axes.formatter.useoffset": False,
 }  # fmt: skip
 WIDTH = 11.2  # inches of a row of panels
 POINTS = 300  # of a line that is drawn
@@ -206,6 +207,7 @@ def bars(panels: Sequence[Bars], title: str) -> str:
             axes.set_ylim(len(p.names) - 0.4, -0.6)
             axes.grid(axis="y", visible=False)
             axes.ticklabel_format(axis="x", scilimits=(-3, 3))
+            axes.locator_params(axis="x", nbins=4)
         for axes in grid.flatten()[len(panels) :]:
             axes.set_axis_off()
         return svg(figure, title)

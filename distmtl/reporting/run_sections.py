@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from distmtl.config import BinaryTask
+from distmtl.config import BinaryTask, MulticlassTask
 from distmtl.health_page import Series
 from distmtl.reporting import drawing
 from distmtl.reporting.drawing import Line, Map, Panel, Piece
@@ -95,6 +95,15 @@ def unit_of_loss(runs: Sequence[Run], task: str) -> str:
     return "loss (nats)" if binary else "loss"
 
 
+def trains_by_logloss(run: Run, name: str) -> bool:
+    """Whether a task's training loss and its validation logloss are one thing."""
+    task = run.config.tasks[run.config.task(name)]
+    if not isinstance(task, BinaryTask):
+        return isinstance(task, MulticlassTask)
+    plain = task.pos_weight == 1 and task.focal == 0 and task.kept_negatives == 1 and task.delay is None
+    return plain and run.config.space(task) not in ("entire", "joint")
+
+
 def _losses(runs: Sequence[Run], task: str) -> list[Line]:
     out = []
     for i, run in enumerate(runs):
@@ -105,7 +114,7 @@ def _losses(runs: Sequence[Run], task: str) -> list[Line]:
         seen = [
             r for r in run.of_kind("evaluation") if r["split"] == "validation" and r["metrics"].get(task, {}).get("logloss") is not None
         ]
-        if len(runs) == 1 and seen:
+        if len(runs) == 1 and seen and trains_by_logloss(run, task):
             out.append(Line("validation", [r["step"] for r in seen], [r["metrics"][task]["logloss"] for r in seen], 1))
     return out
 
