@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="options of the data set, such as protocol=P2 or fold=1")
 
     p = command(
+        "init", init, "Guess a first config from a CSV or Parquet log, explain every line of it, and write splits to train on.",
+        "distmtl init logs.csv --labels click,purchase --out data/logs",
+    )  # fmt: skip
+    p.add_argument("data", metavar="DATA", help="a file, a folder or a glob")
+    p.add_argument("--labels", required=True, type=names, metavar="COLUMN[,…]", help="what is to be predicted")
+    p.add_argument("--out", type=Path, metavar="DIR", help="new folder for config and splits (default: NAME-distmtl)")
+    p.add_argument("--group", metavar="COLUMN", help="groups of GAUC (default: a column called like a user or a session)")
+    p.add_argument(
+        "--time", metavar="COLUMN", help="the last rows by it are held out (default: a column that is a time; without one, at random)"
+    )
+    p.add_argument("--weight", metavar="COLUMN", help="sample weights (default: none)")
+    p.add_argument("--leave-out", type=names, default=[], metavar="COLUMN[,…]", help="columns to make nothing of")
+
+    p = command(
         "train",
         train,
         "Train: on Ray Train workers, or as one rank under torchrun.",
@@ -110,8 +125,10 @@ def parser() -> argparse.ArgumentParser:
         help="train the partitions below DIR (day=…/hour=…) once each, in name order, when a _SUCCESS file is in them, and wait for more",
     )  # fmt: skip
     end = p.add_mutually_exclusive_group()
-    end.add_argument("--partitions", type=int, metavar="N", help="with --follow: end when N partitions are trained in all (default: never)")
-    end.add_argument("--idle-timeout", type=float, metavar="S", help="with --follow: end when no new partition came for S seconds")
+    end.add_argument(
+        "--partitions", type=positive, metavar="N", help="with --follow: end when N partitions are trained in all (default: never)"
+    )
+    end.add_argument("--idle-timeout", type=seconds, metavar="S", help="with --follow: end when no new partition came for S seconds")
     p.add_argument(
         "--publish", type=Path, metavar="DIR", help="with --follow: export to this folder, which distmtl serve follows, after each"
     )
@@ -232,10 +249,10 @@ def parser() -> argparse.ArgumentParser:
         "--max-pending", type=positive, default=64, metavar="N", help="may wait in a replica, others get 503 (default: %(default)s)"
     )
     p.add_argument(
-        "--batch-wait-ms", type=float, default=0.0, metavar="MS",
+        "--batch-wait-ms", type=seconds, default=0.0, metavar="MS",
         help="wait so long for more requests to score together (default: 0, those that came meanwhile)",
     )  # fmt: skip
-    p.add_argument("--poll-s", type=float, default=2.0, metavar="S", help="between two looks for newer exports (default: %(default)s)")
+    p.add_argument("--poll-s", type=interval, default=2.0, metavar="S", help="between two looks for newer exports (default: %(default)s)")
     p.add_argument("--openapi", action="store_true", help="print the OpenAPI schema of the first export and end")
 
     p = command("config", show_config, "Print the resolved config.", "distmtl config configs/synthetic.yaml model.num_experts=8")
@@ -290,6 +307,20 @@ def _option(text: str) -> tuple[str, str]:
     return key, value
 
 
+def init(a: argparse.Namespace) -> None:
+    from distmtl.data.init import Asked
+    from distmtl.data.init import init as run
+
+    draft = run(a.data, Asked(a.labels, a.group, a.time, a.weight, a.leave_out), a.out)
+    wide = [max(len(row[i]) for row in draft.columns) for i in range(3)]
+    for row in draft.columns:
+        print("  ".join([*(cell.ljust(w) for cell, w in zip(row[:3], wide)), row[3]]))
+    print("".join(f"note: {notice}\n" for notice in draft.notices), end="")
+    print(
+        f"wrote {draft.config} ({', '.join(f'{split} {n:,}' for split, n in draft.rows.items())} rows); next: distmtl train {draft.config}"
+    )
+
+
 def train(a: argparse.Namespace) -> int:
     import signal
     from functools import partial
@@ -305,8 +336,11 @@ def train(a: argparse.Namespace) -> int:
         run = partial(follow, a)
     elif a.partitions is not None or a.idle_timeout is not None:
         raise DistmtlError("--partitions and --idle-timeout end what --follow DIR begins; without it, train.epochs and train.steps do")
-    elif a.publish:
-        raise DistmtlError("--publish exports what --follow DIR has trained; after a run without it, use distmtl export")
+    elif a.publish or a.full_every is not None or a.quantize:
+        raise DistmtlError(
+            "--publish, --full-every and --quantize are about exports of what --follow DIR has trained; after a run without it, use "
+            "distmtl export"
+        )
     elif under_torchrun():
         from distmtl.loop import train as run
     else:
@@ -339,7 +373,7 @@ def follow(a: argparse.Namespace, config: Any, resume: str, policy: Any) -> dict
 
 def publisher(a: argparse.Namespace) -> Any:
     """For `follow`, what exports every partition's checkpoint; None if that is not asked for."""
-    if (a.full_every or a.quantize) and not a.publish:
+    if (a.full_every is not None or a.quantize) and not a.publish:
         raise DistmtlError("--full-every and --quantize are about the exports of --publish DIR; name it")
     if a.full_every is not None and a.full_every < 1:
         raise DistmtlError(f"--full-every {a.full_every}: every export is a full one with 1; give a number of at least 1")
@@ -459,6 +493,10 @@ def workers(text: str) -> str:
     return numbers[0] if len(numbers) == 1 else f"{{min: {numbers[0]}, max: {numbers[1]}}}"
 
 
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
 def at_least_one(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
@@ -516,7 +554,7 @@ def serve(a: argparse.Namespace) -> None:
     versions: dict[str, str] = {}
     for text in a.exports:
         name, sign, path = text.partition("=")
-        name, path = (name, path) if sign else (Path(text).resolve().name, text)
+        name, path = (name, path) if sign and not Path(text).exists() else (Path(text).resolve().name, text)
         if name in versions:
             raise DistmtlError(f"two exports are called {name!r}; name them: {name}1={versions[name]} {name}2={path}")
         versions[name] = path
@@ -548,6 +586,22 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
+
+
+def interval(text: str) -> float:
+    if not (number := seconds(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return number
 
 
 def shares(text: str) -> tuple[float, ...]:

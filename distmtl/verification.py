@@ -23,6 +23,7 @@ from distmtl import checkpoint
 from distmtl.batch import Batch
 from distmtl.config import Config, Ids, StaticWeighting, TableConfig
 from distmtl.config_file import parse_config
+from distmtl.data.dataset import open_dataset
 from distmtl.distributed.process import process_group, quieten
 from distmtl.distributed.ranks import run_ranks
 from distmtl.distributed.sharding import local_shards
@@ -39,7 +40,7 @@ from distmtl.model.sequences import SequencePooling
 from distmtl.model.weighting import weighting
 from distmtl.optim import dense_optimizer
 from distmtl.progress import Progress
-from distmtl.serving.comparison import compare
+from distmtl.serving.comparison import compare, ways_apart
 from distmtl.storage import place
 
 STEPS = 6
@@ -162,14 +163,17 @@ def _checks(config: Config, workers: int, folder: Path) -> Iterator[Check]:
         pairs = [(a, again["validation"][t].get(m)) for t, values in result["metrics"]["validation"].items() for m, a in values.items()]
         apart = [math.inf if a is None or b is None else abs(a - b) for a, b in pairs if (a, b) != (None, None)]
         yield Check("train's metrics = evaluate's", "metrics of the checkpoint", max(apart), METRIC_TOLERANCE)
-    off = run_ranks(_exported, 1, whole, str(folder / "export"))[0]
-    yield Check("checkpoint = export", "predictions of the training code and of Predictor", off, EXPORT_TOLERANCE)
+    of_export, of_ways = run_ranks(_exported, 1, whole, str(folder / "export"))[0]
+    yield Check("checkpoint = export", "predictions of the training code and of Predictor", of_export, EXPORT_TOLERANCE)
+    yield Check("export = predict = serve", "predictions of Arrow rows, Parquet and a JSON request", of_ways, EXPORT_TOLERANCE)
 
 
-def _exported(config: Config, folder: str) -> float:
-    """The largest difference of a prediction."""
+def _exported(config: Config, folder: str) -> tuple[float, float]:
+    """The largest difference of a prediction: from the checkpoint's, and between the ways to ask an export."""
     export(config.run_dir, folder, say=lambda text: None)
-    return max(c.difference for c in compare(config.run_dir, folder, rows=MAX_BATCH))
+    data = config.data.validation or config.data.train
+    of_export = max(c.difference for c in compare(config.run_dir, folder, data, rows=MAX_BATCH))
+    return of_export, ways_apart(folder, open_dataset(data), f"{folder}-predictions")
 
 
 def allowed_types(config: Config, workers: int) -> list[str]:

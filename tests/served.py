@@ -10,10 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 import tiny
+from worlds import train_world
 
 from distmtl.config_file import parse_config
 from distmtl.exporting.publishing import publish
-from distmtl.loop import train
 from distmtl.run_directory import find_checkpoint
 from distmtl.serving.app import Answer, Service
 
@@ -32,7 +32,7 @@ def config(data: Path, run: Path, **sections: Any):
 def published(data: Path, folder: Path) -> tuple[str, str]:
     """A run, and two of its checkpoints in FOLDER/all: 000000-full, 000001-delta. Their paths, the later one's last."""
     run = folder / "run"
-    train(config(data, run), report=lambda record: None)
+    train_world(config(data, run), 1)  # in a process of its own: autograd's threads here would stop ranks that are forked later
     checkpoints = sorted((run / "checkpoints").iterdir())
     first, last = (str(find_checkpoint(str(c)).path) for c in (checkpoints[0], checkpoints[-1]))
     publish(first, folder / "all", full_every=5, say=lambda text: None)

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import served
 
+from distmtl.data.collate import alike
 from distmtl.data.schema import kind_of, served_columns
 from distmtl.errors import DistmtlError
-from distmtl.serving.columns import columns
+from distmtl.serving.columns import Column, columns
 from distmtl.serving.fusion import LinearFusion, ProductFusion, Term, parse_fusion
 from distmtl.serving.request import BadRequest, Limits, parse_body, parse_rows
 
@@ -54,6 +56,25 @@ def test_nulls_whole_numbers_and_no_candidates(known):
     assert table["x"].to_pylist() == [2.0**63] * 2 and table["image"].to_pylist() == [None, [1.0, 2.0, 3.0]]
 
 
+def test_unsigned_ids_are_what_training_makes_of_them(known):
+    body = good(item=[1, 2**63, 2**64 - 1])
+    table = parse_rows(parse_body(json.dumps(body).encode()), known, PLAIN, LIMITS).table
+    trained = alike(pa.table({"item": pa.array(body["candidates"]["item"], pa.uint64())}))
+    assert table["item"].to_pylist() == trained["item"].to_pylist() == [1, -(2**63), -1]
+
+
+def test_what_is_given_once_and_spread_over_all_is_bounded():
+    """A megabyte of strings times a thousand candidates would be a gigabyte of memory for one request."""
+    wide = {
+        "words": Column("words", "string", (0, 1000), (0, 0), True),
+        "item": Column("item", "integer", None, (0, 9), True),
+    }
+    body = {"context": {"words": ["x" * 1000] * 900}, "candidates": {"item": [1] * 1000}}
+    with pytest.raises(BadRequest, match="context.words has .* bytes, and there are 1000 candidates") as refused:
+        parse_rows(body, wide, PLAIN, Limits())
+    assert refused.value.status == 413
+
+
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
@@ -72,7 +93,7 @@ def test_nulls_whole_numbers_and_no_candidates(known):
         (good(item=[1, 2]), "has 3 values, and candidates|has 2 values, and candidates"),
         (good(item=1), "candidates.item is the number 1; give a list"),
         (good(item=[1, 2.5, 3]), r"candidates.item\[1\] is the number 2.5"),
-        (good(item=[1, 2, 2**63]), r"candidates.item\[2\] is 9223372036854775808; give an integer of 64 bits"),
+        (good(item=[1, 2, 2**64]), r"candidates.item\[2\] is 18446744073709551616; give an integer of 64 bits"),
         (good(tags=[[1], 2, None]), r"candidates.tags\[1\] is the number 2; give a list or null"),
         (good(tags=[[1], [], [3, None]]), r"candidates.tags\[2\]: an element is null"),
         (good(tags=[[1], [], [3, 20]]), r"candidates.tags\[2\]: an element is 20; give an integer from 0 to 19"),

@@ -7,6 +7,7 @@ import copy
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from hypothesis import strategies as st
 
 from distmtl import Predictor
 from distmtl.errors import DistmtlError
+from distmtl.exporting import manifest
 from distmtl.serving.app import Service, Settings
-from distmtl.serving.following import described
+from distmtl.serving.following import Version, described
 from distmtl.serving.request import Limits
 
 LIMITS = Limits(candidates=40, list=8, body_kb=16)
@@ -213,6 +215,34 @@ def test_starting_beside_a_broken_export(exports, serve, tmp_path):
     (tmp_path / "at" / "000002-full" / "model.pt2").write_bytes(b"?")
     version = serve(tmp_path / "at").versions["v0"]
     assert version.manifest.sequence == 1 and "model.pt2" in version.failure
+    shutil.copy(exports / "000000-full" / "model.pt2", tmp_path / "at" / "000002-full")  # the rest of it: `cp -r` writes the manifest early
+    until = time.monotonic() + 60
+    while version.failure and time.monotonic() < until:
+        time.sleep(0.05)
+    assert version.manifest.sequence == 0 and not version.failure
+
+
+def test_what_is_whole_is_taken(exports, tmp_path):
+    """Deltas up to a broken one; a single export that is replaced by another."""
+    took: list[str] = []
+    (tmp_path / "at").mkdir()
+    shutil.copytree(exports / "000000-full", tmp_path / "at" / "000000-full")
+    version = Version("v", tmp_path / "at", LIMITS, lambda run: run(), lambda config: None)
+    for number in (1, 2):
+        shutil.copytree(exports / "000001-delta", tmp_path / "at" / f"{number:06d}-delta")
+    with pytest.raises(DistmtlError, match="000002-delta changes export"):
+        version.refresh(took.append)
+    assert took == ["delta"] and version.manifest.sequence == 1 and "000002" in version.failure
+    version.refresh(took.append)
+    assert took == ["delta"], "told once"
+
+    version = Version("v", tmp_path / "at" / "000000-full", LIMITS, lambda run: run(), lambda config: None)
+    shutil.copytree(exports / "000000-full", tmp_path / "other")
+    other = manifest.complete(tmp_path / "other", version.manifest.model_copy(update={"name": "other"}))
+    (tmp_path / "at" / "000000-full").rename(tmp_path / "former")
+    (tmp_path / "other").rename(tmp_path / "at" / "000000-full")
+    version.refresh(took.append)
+    assert took == ["delta", "full"] and version.manifest.digest == other.digest
 
 
 def test_fusion_file(exports, serve, tmp_path):

@@ -9,7 +9,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from distmtl.cluster.supervision import last_line
@@ -41,8 +41,10 @@ from distmtl.config import ClusterConfig, Workers
 from distmtl.errors import DistmtlError
 from distmtl.serving.app import Service, Settings
 from distmtl.serving.counters import FOLDER
+from distmtl.serving.request import BadRequest
 
 NAME = "distmtl"
+SAID = f"{DistmtlError.__name__}: "
 STOP_S = 20.0  # that requests in flight have at the end
 LOGS = LoggingConfig(enable_access_log=False, log_level="ERROR")
 
@@ -57,7 +59,7 @@ class Replica:
         self.service = Service(settings)
 
     async def __call__(self, request: Request) -> Response:
-        answer = await self.service.answer(request.method, request.url.path, request.headers, request.query_params, request.stream())
+        answer = await self.service.answer(request.method, request.url.path, request.headers, request.query_params, body_of(request))
         return Response(answer.body, answer.status, dict(answer.headers), answer.kind)
 
     def check_health(self) -> None:
@@ -67,6 +69,18 @@ class Replica:
     def __del__(self) -> None:
         if hasattr(self, "service"):
             self.service.stop()
+
+
+async def body_of(request: Request) -> AsyncIterator[bytes]:
+    """
+    Raises:
+        BadRequest: the client went away before its end; nobody reads the answer, and the server has not failed.
+    """
+    try:
+        async for part in request.stream():
+            yield part
+    except ClientDisconnect:
+        raise BadRequest(400, "the client went away before its request was whole") from None
 
 
 def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000, replicas: int = 1, say: Callable[[str], None] = print) -> None:
@@ -108,6 +122,8 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000, replica
 def _start(settings: Settings, host: str, port: int, replicas: int, counts: str) -> None:
     if ray_serve.status().applications:
         raise DistmtlError("Ray Serve runs on this cluster already, with ports of its own; unset RAY_ADDRESS to serve on this machine")
+    if (cpus := int(ray.cluster_resources().get("CPU", 0))) < replicas:
+        raise DistmtlError(f"the Ray cluster has {cpus} CPUs, but {replicas} replicas want one each; lower --replicas, or add nodes")
     room = 2 * settings.pending + 16  # of requests in a replica: above `pending` it answers itself, and health always
     deployment: Any = ray_serve.deployment(
         Replica,
@@ -126,7 +142,15 @@ def _start(settings: Settings, host: str, port: int, replicas: int, counts: str)
         ray_serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), logging_config=LOGS)
         ray_serve.run(deployment.bind(settings), name=NAME, route_prefix="/", logging_config=LOGS)
     except (RayError, RuntimeError) as e:
-        raise DistmtlError(f"the service does not start: {last_line(e)}") from e
+        raise DistmtlError(_why() or f"the service does not start: {last_line(e)}") from e
+
+
+def _why() -> str:
+    """What a replica said that did not start: Serve keeps the end of its traceback."""
+    applications = ray_serve.status().applications
+    texts = [d.message for d in applications[NAME].deployments.values()] if NAME in applications else []
+    said = [line.partition(SAID)[2] for text in texts for line in text.splitlines() if SAID in line]
+    return said[-1] if said else ""
 
 
 def _refuse_taken(host: str, port: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL = "model.pt2"
 READ_BYTES = 1 << 22
+SERVED = ("features", "tables", "interaction", "model", "tasks")  # sections of the config that serving goes by
 RowFormat = Literal["fp32", "fp16", "int8"]
 
 
@@ -40,6 +41,7 @@ class Manifest(Strict):
         digest: of the files and all else in here; names this export.
         base: of a delta, the digest of what it changes; "" in a full export.
         sequence: of the publishes of a folder, 0, 1, …
+        checkpoint, checkpoint_digest: its name, and what tells it from another of that name.
         columns: column that is read → what it holds.
         calibrations: task → Calibration.to_dict
         domains: that were trained on, of a head with statistics of each.
@@ -52,6 +54,7 @@ class Manifest(Strict):
     sequence: int = 0
     name: str
     checkpoint: str
+    checkpoint_digest: str = ""
     step: int
     rows_trained: int
     row_format: RowFormat
@@ -67,6 +70,10 @@ class Manifest(Strict):
     @property
     def is_delta(self) -> bool:
         return bool(self.base)
+
+    def serves_like(self, config: Mapping[str, Any], columns: Mapping[str, Kind]) -> bool:
+        """Whether a model of another config, and other columns, reads the same and predicts the same tasks: a delta may lead to it."""
+        return all(self.config.get(section) == config.get(section) for section in SERVED) and self.columns == columns
 
     def parsed_config(self) -> Config:
         return parse_config(self.config, f"export {self.name}")

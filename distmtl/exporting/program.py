@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import io
-import json
+import linecache
 import operator
 import warnings
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import graph_module
 from torchrec import JaggedTensor, KeyedTensor
 
 from distmtl.config import Config
 from distmtl.errors import DistmtlError
+from distmtl.exporting.archive import refuse_code
 from distmtl.model.embeddings import FeatureVector
 from distmtl.model.head import Head
 from distmtl.model.layout import Layout
@@ -98,7 +99,7 @@ def save(config: Config, parameters: dict[str, Tensor]) -> bytes:
             torch.export.save(exported, file)
     except Exception as e:  # whatever a head of the user's own does
         raise DistmtlError(f"model {config.model.kind} cannot be exported: torch.export says {type(e).__name__}: {e}") from e
-    refuse_pickles(file, "the exported program")
+    refuse_code(file, f"model {config.model.kind}")
     return file.getvalue()
 
 
@@ -106,18 +107,27 @@ def load(file: Any, where: str) -> Run:
     """The program in a file, ready to run.
 
     Raises:
-        DistmtlError: it is damaged, or holds something that only a pickle could be.
+        DistmtlError: it is damaged, or holds more than a graph of operators and tensors.
     """
-    refuse_pickles(file, where)
+    refuse_code(file, where)
     file.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = torch.export.load(file).module()
+            module = torch.export.load(file).module(check_guards=False)  # guards are Python code of the file's
     except Exception as e:
         raise DistmtlError(f"{where} cannot be loaded: {type(e).__name__}: {e}; export again with this version") from e
     # Not the module itself: before each call it would compare sizes that Predictor's are anyway.
-    return _flat(module).forward
+    run = _flat(module).forward
+    _forget_sources()
+    return run
+
+
+def _forget_sources() -> None:
+    """torch.fx keeps the source of every graph that it ever compiled, for tracebacks: of a server that reloads for months, too many."""
+    graph_module._loader.eval_cache.clear()
+    for name in [name for name in linecache.cache if name.startswith("<eval_with_key>")]:
+        del linecache.cache[name]
 
 
 def _flat(module: Any) -> Any:
@@ -141,24 +151,3 @@ def _flat(module: Any) -> Any:
         graph.erase_node(inner)
     module.recompile()
     return module
-
-
-def refuse_pickles(file: Any, where: str) -> None:
-    """Of the archive's members only graphs (JSON) and plain bytes of tensors may be there.
-
-    Raises:
-        DistmtlError: another one is, or it is no archive.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for info in archive.infolist():
-                if info.filename.endswith("_config.json") and "/data/" in info.filename:
-                    payloads = json.loads(archive.read(info))["config"]
-                    if any(p["use_pickle"] or not p["path_name"].startswith(("weight_", "tensor_")) for p in payloads.values()):
-                        raise DistmtlError(f"{where}: {info.filename} names pickled objects, which are never loaded")
-                elif "/sample_inputs/" in info.filename and info.file_size:
-                    raise DistmtlError(f"{where}: {info.filename} is a pickle, which is never loaded")
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as e:
-        if isinstance(e, DistmtlError):
-            raise
-        raise DistmtlError(f"{where} is damaged: {type(e).__name__}: {e}; export again") from None

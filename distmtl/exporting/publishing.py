@@ -11,12 +11,13 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distmtl.checkpoint import Checkpoint
 from distmtl.errors import DistmtlError
 from distmtl.exporting.manifest import MANIFEST, Manifest, RowFormat, read
-from distmtl.exporting.writer import Say, export, export_delta, source
-from distmtl.run_directory import find_checkpoint
+from distmtl.exporting.writer import Say, columns_of, digest_of, export, export_delta
+from distmtl.run_directory import checkpoint_config, find_checkpoint
 
 NAME = re.compile(r"(\d{6,})-(full|delta)")
 FULLS_KEPT = 2  # and the deltas after them: a server that is late finds what it still needs
@@ -53,18 +54,24 @@ def published(folder: Path) -> Published | None:
 
 def publish(checkpoint: str, folder: Path, *, full_every: int, row_format: RowFormat = "fp32", say: Say = print) -> Manifest:
     """Publish a checkpoint of a chain of runs: full, or, fewer than `full_every` publishes after a full one, what changed since the one
-    published last, while that is kept. Does nothing when it is that very one. Older exports that nothing follows from are deleted.
+    published last, while that is kept and the model reads and predicts the same. Does nothing when it is that very one. After a damaged
+    one the next is full. Older exports that nothing follows from are deleted.
 
     Raises:
         DistmtlError: no such checkpoint, or the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    last, found = published(folder), find_checkpoint(checkpoint)
-    if last and last.newest.checkpoint == source(found):
+    last, found = None, find_checkpoint(checkpoint)
+    try:
+        last = published(folder)
+    except DistmtlError as e:
+        say(f"{e}; a full export goes on from there")
+    if last and last.newest.checkpoint_digest == digest_of(found):
         return last.newest
-    number = last.newest.sequence + 1 if last else 0
+    number = max((int(p.name.split("-")[0]) for p in folder.iterdir() if NAME.fullmatch(p.name)), default=-1) + 1
     before = _kept(found, last.newest) if last else None
-    if last and before and last.newest.row_format == row_format and len(last.deltas) + 1 < full_every:
+    alike = last and last.newest.row_format == row_format and last.newest.serves_like(_config(found), columns_of(found))
+    if last and before and alike and len(last.deltas) + 1 < full_every:
         name = f"{number:06d}-delta"
         manifest = export_delta(checkpoint, before, last.newest, str(folder / name), say=lambda text: None)
     else:
@@ -76,11 +83,19 @@ def publish(checkpoint: str, folder: Path, *, full_every: int, row_format: RowFo
     return manifest
 
 
+def _config(found: Checkpoint) -> dict[str, Any]:
+    return checkpoint_config(found).model_dump(mode="json")
+
+
 def _kept(found: Checkpoint, newest: Manifest) -> str | None:
-    """The checkpoint that `newest` was made of, in the same run or in another one of the chain; None if it is gone."""
+    """The checkpoint that `newest` was made of, in the same run or in another one of the chain; None if it is gone, or another of its name
+    is there."""
     run, _, name = newest.checkpoint.partition("/")
-    path = found.path.parent.parent.parent / run / "checkpoints" / name
-    return str(path) if path.exists() else None
+    path = str(found.path.parent.parent.parent / run / "checkpoints" / name)
+    try:
+        return path if digest_of(find_checkpoint(path)) == newest.checkpoint_digest else None
+    except DistmtlError:
+        return None
 
 
 def in_order(folder: Path) -> list[Path]:

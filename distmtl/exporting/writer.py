@@ -5,7 +5,11 @@ No process group, no table in memory: rows go from the checkpoint's files to the
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,6 +89,11 @@ def source(found: Checkpoint) -> str:
     return f"{found.path.parent.parent.name}/{found.path.name}"
 
 
+def digest_of(found: Checkpoint) -> str:
+    """Another one for every checkpoint, whatever its name."""
+    return hashlib.sha256(json.dumps(found.manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _tables(found: Checkpoint, config: Config) -> dict[str, StoredTable]:
     """The tables that the config reads."""
     stored = stored_tables(found)
@@ -118,11 +127,12 @@ def _finish(folder: Path, found: Checkpoint, config: Config, row_format: RowForm
         sequence=sequence,
         name=config.name,
         checkpoint=source(found),
+        checkpoint_digest=digest_of(found),
         step=found.step,
         rows_trained=found.manifest["loop"]["rows"],
         row_format=row_format,
         config=config.model_dump(mode="json"),
-        columns=found.manifest.get("columns") or _columns(found, config),
+        columns=columns_of(found),
         calibrations=saved_calibrations(found),
         domains=seen_domains(dense),
         versions=versions(),
@@ -132,8 +142,11 @@ def _finish(folder: Path, found: Checkpoint, config: Config, row_format: RowForm
     return complete(folder, manifest)
 
 
-def _columns(found: Checkpoint, config: Config) -> dict[str, Kind]:
-    """What the columns hold, of a checkpoint that was written before this was recorded."""
+def columns_of(found: Checkpoint) -> dict[str, Kind]:
+    """What the columns hold that its model reads; its training data say it where the checkpoint was written before this was recorded."""
+    if columns := found.manifest.get("columns"):
+        return columns
+    config = checkpoint_config(found)
     try:
         return kinds_of(open_dataset(config.data.train).schema, served_columns(config))
     except DistmtlError as e:
@@ -144,22 +157,44 @@ def _columns(found: Checkpoint, config: Config) -> dict[str, Kind]:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all.
+    """A folder that appears whole or not at all. Of two that write it at once the second is refused.
 
     Raises:
-        DistmtlError: something is there already.
+        DistmtlError: something is there already, or it lies in an object store, where no folder appears at once.
     """
+    if "://" in os.fspath(out) or re.match(r"[a-z0-9]+:/", os.fspath(out)):  # a Path has one slash there
+        raise DistmtlError(f"--out {out} is in an object store; export to a local folder, and copy it there")
+    out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DistmtlError(f"--out {out} is not empty; choose another folder, or delete it")
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
+        partial.mkdir(parents=True, exist_ok=True)
+        with _locked(partial):
+            for left in partial.iterdir():  # of a process that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            try:
+                yield partial
+                if out.exists():
+                    out.rmdir()
+                os.replace(partial, out)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as e:
-        raise DistmtlError(f"export {out} cannot be written: {e.strerror or e}; choose another folder") from e
+        what = f"{e.filename}: {e.strerror}" if e.filename else str(e)
+        raise DistmtlError(f"export {out} cannot be written: {what}; choose another folder, or export again") from e
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """For this process alone, until it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not folder.exists() or not os.path.samestat(os.fstat(handle), folder.stat()):  # the other one has just ended
+            raise BlockingIOError
+        yield
+    except BlockingIOError:
+        raise DistmtlError(f"{folder} is being written by another process; wait for it, or choose another folder") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)

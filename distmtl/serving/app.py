@@ -42,6 +42,7 @@ ROUTES = {
 }
 OPEN = ("/v1/health", "/v1/ready")  # without a token
 SPLIT_KEY = "x-split-key"
+LEAST_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -249,17 +250,16 @@ class Service:
             check_fusion(self.fusion.value, config)
 
     def _watch(self) -> None:
-        while not self.stopping.wait(self.settings.poll_s):
+        while not self.stopping.wait(max(self.settings.poll_s, LEAST_POLL_S)):
             for version in self.versions.values():
-                self._tried(version.name, partial(self._refresh, version))
+                self._tried(version.name, partial(version.refresh, partial(self._took, version)))
             if self.fusion:
                 self._tried("fusion", self.fusion.refresh)
 
-    def _refresh(self, version: Version) -> None:
-        for kind in version.refresh():
-            self.counters.reloads.labels(version.name, kind).inc()
-            self.counters.model(version.name, version.manifest)
-            _say(f"version {version.name}: {kind} taken, now {version.manifest.digest}, step {version.manifest.step:,}")
+    def _took(self, version: Version, kind: str) -> None:
+        self.counters.reloads.labels(version.name, kind).inc()
+        self.counters.model(version.name, version.manifest)
+        _say(f"version {version.name}: {kind} taken, now {version.manifest.digest}, step {version.manifest.step:,}")
 
     def _tried(self, what: str, refresh: Any) -> None:
         try:
@@ -312,7 +312,10 @@ def _array(values: np.ndarray) -> str:
 def _token(file: str | None) -> bytes | None:
     if file is None:
         return None
-    token = Path(file).read_bytes().strip()
+    try:
+        token = Path(file).read_bytes().strip()
+    except OSError as e:
+        raise DistmtlError(f"--token-file {file} cannot be read: {e.strerror}") from None
     if not token:
         raise DistmtlError(f"--token-file {file} is empty; write the token into it")
     return token

@@ -26,7 +26,7 @@ import torch
 
 from distmtl.config import MulticlassTask
 from distmtl.data.check import check_to_score
-from distmtl.data.collate import ROW, Collator, alike
+from distmtl.data.collate import ROW, alike
 from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.errors import DistmtlError
 from distmtl.exporting import manifest
@@ -135,6 +135,8 @@ def open_job(export: str, data: str, out: str, keep: Sequence[str] = (), max_rej
     manifest.verify(folder, found)
     config = found.parsed_config()
     taken = [NUMBER, *(t.name for t in config.tasks)]
+    if NUMBER in taken[1:]:
+        raise DistmtlError(f"export {folder}: its task {NUMBER!r} is called as the column of the rows' numbers; train it by another name")
     if clash := [name for name in keep if name in taken]:
         raise DistmtlError(f"--keep {','.join(clash)}: the predictions have a column of that name already ({', '.join(taken)}); rename it")
     dataset = open_dataset(data if "://" in data else os.path.abspath(data))
@@ -246,6 +248,7 @@ class Scorer:
         self.job, self.predictor = job, Predictor(job.export, check=False)
         if self.predictor.manifest.digest != job.digest:
             raise DistmtlError(f"export {job.export} has become another one while it scored; begin again in another folder")
+        self.check = self.predictor.checked
         self.config, self.needed = self.predictor.config, self.predictor.schema.names
         self.fields = [
             (t.name, pa.list_(pa.float32(), t.classes) if isinstance(t, MulticlassTask) else pa.float32()) for t in self.config.tasks
@@ -304,8 +307,7 @@ class Scorer:
         try:
             predictions = self.predictor(inputs)
         except DistmtlError:
-            collate = Collator(self.config, labelled=False)
-            for i, reason in bad_rows(collate, inputs.append_column(ROW, pa.array(within + np.arange(len(inputs))))):
+            for i, reason in bad_rows(self.check, inputs.append_column(ROW, pa.array(within + np.arange(len(inputs))))):
                 bad[i] = reason
                 self.job.refuse_beyond_limit(rejected + len(bad), list(bad.values())[:REASONS])
             if not bad:
@@ -321,21 +323,21 @@ class Scorer:
         return bad, predictions if finite.all() else {task: values[finite] for task, values in predictions.items()}
 
 
-def bad_rows(collate: Collator, table: pa.Table, first: int = 0) -> Iterator[tuple[int, str]]:
-    """Position and reason of every row that the collator refuses, found by halving: k of n rows cost O(k·log n) calls.
+def bad_rows(check: Callable[[pa.Table], object], table: pa.Table, first: int = 0) -> Iterator[tuple[int, str]]:
+    """Position and reason of every row that is refused, found by halving: k of n rows cost O(k·log n) calls.
 
     Args:
         first: position of the table's first row.
     """
     try:
-        collate(table)
+        check(table)
     except DistmtlError as e:
         n = len(table)
         if n == 1:
             yield first, str(e)
         else:
-            yield from bad_rows(collate, table.slice(0, n // 2), first)
-            yield from bad_rows(collate, table.slice(n // 2), first + n // 2)
+            yield from bad_rows(check, table.slice(0, n // 2), first)
+            yield from bad_rows(check, table.slice(n // 2), first + n // 2)
 
 
 def _others(n: int, bad: dict[int, str]) -> np.ndarray:

@@ -10,7 +10,7 @@ from distmtl.config import Config, IdFeature, Ids, NumericFeature, SequenceFeatu
 from distmtl.data.collate import Collator, inputs_of_tasks
 from distmtl.data.schema import OF, Kind, arrow_type
 
-INT64 = -(2**63), 2**63 - 1
+INT64 = -(2**63), 2**64 - 1  # signed and unsigned
 FLOAT64 = 1.7976931348623157e308
 FLOAT32 = 3.4e38
 MAX_STRING = 1024  # characters of a string id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -12,13 +13,14 @@ from statistics import median
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import nn
 
 from distmtl import checkpoint
 from distmtl.calibration import Calibration
 from distmtl.config import BinaryTask, MulticlassTask
-from distmtl.data.collate import ROW, Collator
+from distmtl.data.collate import ROW, Collator, alike
 from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.data.rows import batch_of
 from distmtl.distributed.process import process_group
@@ -28,9 +30,13 @@ from distmtl.exporting.writer import export as write
 from distmtl.model.multitask import MultiTaskModel
 from distmtl.run_directory import checkpoint_config, find_checkpoint, saved_calibrations
 from distmtl.scores import Predictions, served
+from distmtl.serving.batch import in_this_process, open_job, predict
+from distmtl.serving.following import Model
 from distmtl.serving.predictor import Predictor
+from distmtl.serving.request import Limits, parse_body, parse_rows
 
 ROWS = 50_000
+REQUESTED = 256  # rows of a request
 ROUNDS = 50
 TOLERANCE = 1e-5
 
@@ -77,15 +83,16 @@ def compare(path: str, export: str, data: str | None = None, rows: int = ROWS) -
 
 
 def first_rows(dataset: Dataset, columns: list[str], rows: int) -> pa.Table:
-    parts: list[pa.RecordBatch] = []
+    """Of types that the files mix, one that holds all."""
+    tables: list[pa.Table] = []
     for p in range(len(dataset.parts)):
-        for batch in dataset.open_part(p).iter_batches(batch_size=8192, columns=columns):
-            parts.append(batch)
-            if sum(len(b) for b in parts) >= rows:
-                break
-        if sum(len(b) for b in parts) >= rows:
-            break
-    return pa.Table.from_batches(parts).slice(0, rows)
+        with dataset.open_part(p) as file:
+            tables.append(alike(file.schema_arrow.empty_table().select(columns)))
+            for batch in file.iter_batches(batch_size=8192, columns=columns):
+                tables.append(alike(pa.Table.from_batches([batch]).select(columns)))
+                if sum(map(len, tables)) >= rows:
+                    return pa.concat_tables(tables, promote_options="permissive").slice(0, rows)
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def checkpoint_predictions(path: str, table: pa.Table) -> dict[str, np.ndarray]:
@@ -148,6 +155,22 @@ def _metric(name: str, predicted: np.ndarray, labels: np.ndarray, weights: np.nd
     if name == "rmse":
         return float(np.sqrt(np.average((predicted - labels) ** 2, weights=weights)))
     return float(roc_auc_score(labels, predicted, sample_weight=weights)) if len(np.unique(labels)) == 2 else float("nan")
+
+
+def ways_apart(export: str, dataset: Dataset, folder: str) -> float:
+    """The largest difference between what Predictor says of a data set's first rows, what a JSON request for them is answered, and what
+    batch scoring of the data set writes to the new `folder`."""
+    model = Model.load(Path(export), Limits(candidates=ROWS))
+    table = first_rows(dataset, model.predictor.schema.names, REQUESTED)
+    expected = model.predictor(table)
+    body = json.dumps({"candidates": table.cast(model.predictor.schema).to_pydict()}).encode()
+    answer = model.predictor(parse_rows(parse_body(body), model.columns, model.fusion, model.limits).table)
+    job = open_job(export, dataset.path, folder, max_rejected=0.0)
+    predict(job, in_this_process, say=lambda text: None)
+    written = pq.read_table(sorted(Path(folder).glob("part-*.parquet")), columns=["row", *expected]).slice(0, table.num_rows)
+    assert written["row"].to_pylist() == list(range(table.num_rows))
+    scored = {task: np.array(written[task].to_pylist(), dtype=np.float32) for task in expected}
+    return max(float(np.abs(values - other[task]).max()) for task, values in expected.items() for other in (answer, scored))
 
 
 def refuse_apart(comparisons: list[Comparison]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -98,7 +99,7 @@ class Version:
         except DistmtlError as e:
             self.failure = str(e)
         self.since = time.time()
-        self._seen = _mark(chains(path)[0][-1] / MANIFEST) if self.failure else None
+        self._seen = _marks(chains(path)[0][-1]) if self.failure else None
 
     @property
     def manifest(self) -> Manifest:
@@ -122,40 +123,48 @@ class Version:
                     raise DistmtlError(self.failure) from None
         raise AssertionError("chains are never empty")
 
-    def refresh(self) -> list[str]:
-        """Serve what is newest. What was taken, `full` or `delta` each.
+    def refresh(self, took: Callable[[str], None]) -> None:
+        """Serve what is newest, as far as it is whole.
+
+        Args:
+            took: told of each that is served now, `full` or `delta`.
 
         Raises:
-            DistmtlError: it is broken; told once.
+            DistmtlError: one is broken; told once, and again when a file of it has changed: a copy may be under way.
         """
         folders = chains(self.path)[0]
-        if (mark := _mark(folders[-1] / MANIFEST)) == self._seen:
-            return []
+        if (mark := _marks(folders[-1])) == self._seen:
+            return
+        taken: list[str] = []
         try:
-            taken = self._take(folders)
+            self._take(folders, taken)
         except DistmtlError as e:
             self._seen, self.failure = mark, str(e)
             raise
-        self._seen, self.failure = mark, ""
-        self.since = time.time() if taken else self.since
-        return taken
-
-    def _take(self, folders: list[Path]) -> list[str]:
-        digests = [manifest.read(folder).digest for folder in folders]
-        model, taken, rest = self.model, [], folders[1:]
-        if self.manifest.digest in digests:
-            rest = folders[digests.index(self.manifest.digest) + 1 :]
         else:
-            model = Model.load(folders[0], self.limits)
+            self._seen, self.failure = mark, ""
+        finally:
+            for kind in taken:
+                self.since = time.time()
+                took(kind)
+
+    def _take(self, folders: list[Path], taken: list[str]) -> None:
+        digests = [manifest.read(folder).digest for folder in folders]
+        if self.manifest.digest in digests:
+            model, rest, at = self.model, folders[digests.index(self.manifest.digest) + 1 :], self.folder
+        else:
+            model, rest, at = Model.load(folders[0], self.limits), folders[1:], folders[0]
             self.check(model.predictor.config)
             taken.append("full")
-        for folder in rest:
-            delta = model.predictor.prepare(folder)
-            commit = lambda delta=delta: model.predictor.commit(delta)  # noqa: E731
-            self.between(commit) if model is self.model else commit()
-            taken.append("delta")
-        self.model, self.folder = model, folders[-1]
-        return taken
+        try:
+            for folder in rest:
+                delta = model.predictor.prepare(folder)
+                commit = partial(model.predictor.commit, delta)
+                self.between(commit) if model is self.model else commit()
+                taken.append("delta")
+                at = folder
+        finally:
+            self.model, self.folder = model, at
 
 
 class Followed(Generic[T]):
@@ -189,3 +198,8 @@ def _mark(path: Path) -> tuple[str, int, int]:
     except OSError as e:
         raise DistmtlError(f"{path} cannot be read: {e.strerror}") from None
     return str(path), found.st_mtime_ns, found.st_ino
+
+
+def _marks(folder: Path) -> list[tuple[str, int, int]]:
+    """Of an export's files."""
+    return [_mark(folder / MANIFEST), *(_mark(p) for p in sorted(folder.rglob("*")) if p.is_file())]

@@ -13,11 +13,13 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distmtl.config import Config
+from distmtl.errors import DistmtlError
 from distmtl.exporting.manifest import RowFormat
 from distmtl.exporting.program import bags, lists
-from distmtl.exporting.row_formats import Rows, kernel_bytes
+from distmtl.exporting.row_formats import kernel_bytes
 
 TYPES = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8}
+Changed = dict[str, tuple[Tensor, Tensor]]  # table → numbers of rows, and their bytes
 
 
 class Lookup:
@@ -56,16 +58,43 @@ class Lookup:
         return kernel
 
     def load(self, folder: Path) -> None:
-        """All rows, from a full export's files."""
-        for table, weights in self.weights.items():
-            for file in sorted((folder / "tables" / table).glob("*.safetensors")):
-                rows = kernel_bytes(load_file(file))
-                first = int(file.stem)
-                weights[first : first + len(rows)].copy_(rows)
+        """All rows, from a full export's files.
 
-    def update(self, table: str, numbers: Tensor, rows: Rows) -> None:
-        """Some rows of a table, from a delta's file."""
-        self.weights[table].index_copy_(0, numbers, kernel_bytes(rows))
+        Raises:
+            DistmtlError: they are not the tables' rows.
+        """
+        for table, weights in self.weights.items():
+            done = 0
+            for file in sorted((folder / "tables" / table).glob("*.safetensors"), key=lambda file: int(file.stem)):
+                rows = kernel_bytes(load_file(file))
+                if int(file.stem) != done or done + len(rows) > len(weights) or rows.shape[1:] != weights.shape[1:]:
+                    raise DistmtlError(f"export {folder}: {file.name} has other rows than table {table!r}; export again")
+                weights[done : done + len(rows)].copy_(rows)
+                done += len(rows)
+            if done < len(weights):
+                raise DistmtlError(f"export {folder}: {done:,} of {len(weights):,} rows of table {table!r} are there; export again")
+
+    def changed(self, folder: Path) -> Changed:
+        """The rows of a delta's files.
+
+        Raises:
+            DistmtlError: the tables have no such rows.
+        """
+        out: Changed = {}
+        for table, weights in self.weights.items():
+            if (file := folder / "tables" / table / "changed.safetensors").exists():
+                numbers = (stored := load_file(file)).pop("rows")
+                rows = kernel_bytes(stored)
+                within = len(numbers) == len(rows) and bool(((numbers >= 0) & (numbers < len(weights))).all())
+                if not within or rows.shape[1:] != weights.shape[1:]:
+                    raise DistmtlError(f"delta {folder}: rows that table {table!r} does not have; publish a full export")
+                out[table] = numbers, rows
+        return out
+
+    def update(self, changed: Changed) -> None:
+        """Take a delta's rows in."""
+        for table, (numbers, rows) in changed.items():
+            self.weights[table].index_copy_(0, numbers, rows)
 
     def __call__(self, ids: KeyedJaggedTensor) -> tuple[Tensor, list[Tensor]]:
         of_bags = self._of(ids, self.bags)

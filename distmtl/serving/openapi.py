@@ -27,7 +27,7 @@ def openapi(manifest: Manifest, config: Config, columns: dict[str, Column], limi
         for status, text in {
             "400": "it is not JSON",
             "401": "no bearer token, or another",
-            "413": f"the body has more than {limits.body_kb} kB",
+            "413": f"the body has more than {limits.body_kb} kB, or a column of its context, once for every candidate, more than 64 MiB",
             "422": "it is JSON, but no request that the model takes",
             "503": "too many requests wait; come again",
         }.items()

@@ -8,22 +8,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distmtl.calibration import Calibration
 from distmtl.config import Config, MulticlassTask
 from distmtl.data.collate import ROW, Collator
-from distmtl.data.rows import batch_of
-from distmtl.data.schema import arrow_type
+from distmtl.data.rows import Rows, batch_of
+from distmtl.data.schema import arrow_type, kind_of
 from distmtl.errors import DistmtlError
 from distmtl.exporting import manifest, program
 from distmtl.exporting.manifest import MODEL, Manifest
 from distmtl.exporting.program import Run
-from distmtl.exporting.row_formats import Rows
 from distmtl.scores import Predictions, served
-from distmtl.serving.lookup import Lookup
+from distmtl.serving.lookup import Changed, Lookup
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class Delta:
-    """A delta in memory. changed: table → numbers of its rows, and the rows."""
+    """A delta in memory."""
 
     folder: Path
     manifest: Manifest
-    changed: dict[str, tuple[Tensor, Rows]]
+    changed: Changed
     program: Run
     predictions: Predictions
 
@@ -67,6 +65,7 @@ class Predictor:
         self.config = self.manifest.parsed_config()
         self.collate = Collator(self.config, labelled=False)
         self.schema = pa.schema([(name, arrow_type(self.manifest.columns[name])) for name in self.collate.columns])
+        self.fits = self.schema  # of the rows that came last
         self.lookup = Lookup(self.config, self.manifest.row_format)
         self.lookup.load(folder)
         self.hashes = program.hashes(self.config)
@@ -89,17 +88,14 @@ class Predictor:
         """A delta of this export (or of the delta before it, not yet committed), read and checked. Another thread may score meanwhile.
 
         Raises:
-            DistmtlError: it is damaged.
+            DistmtlError: it is damaged, or of a model that reads or predicts other things.
         """
         folder = Path(path)
         delta = manifest.read(folder)
         manifest.verify(folder, delta)
-        changed = {}
-        for table in self.lookup.weights:
-            if (file := folder / "tables" / table / "changed.safetensors").exists():
-                rows = load_file(file)
-                changed[table] = rows.pop("rows"), rows
-        return Delta(folder, delta, changed, *_loaded(folder, delta, self.config))
+        if not self.manifest.serves_like(delta.config, delta.columns) or delta.row_format != self.manifest.row_format:
+            raise DistmtlError(f"delta {folder} is of another model than {self.manifest.name}: publish a full export")
+        return Delta(folder, delta, self.lookup.changed(folder), *_loaded(folder, delta, self.config))
 
     def commit(self, delta: Delta) -> None:
         """Take a delta in; not while another thread scores.
@@ -111,8 +107,7 @@ class Predictor:
             raise DistmtlError(
                 f"delta {delta.folder} changes export {delta.manifest.base}, and this is {self.manifest.digest}; apply those between first"
             )
-        for table, (numbers, rows) in delta.changed.items():
-            self.lookup.update(table, numbers, rows)
+        self.lookup.update(delta.changed)
         self.manifest, self.program, self.predictions = delta.manifest, delta.program, delta.predictions
 
     def __call__(self, table: pa.Table) -> dict[str, np.ndarray]:
@@ -132,8 +127,8 @@ class Predictor:
         if not n:
             none = {t.name: np.zeros((0, t.classes) if isinstance(t, MulticlassTask) else 0, np.float32) for t in self.config.tasks}
             return Scored(none, np.zeros(0, np.int64), np.zeros(0, np.int64))
-        rows = self.collate(table.append_column(ROW, pa.array(np.arange(n))))
-        self._refuse_unseen(rows.domain)
+        self._refuse_other_columns(table.schema)
+        rows = self.checked(table.append_column(ROW, pa.array(np.arange(n))))
         batch = batch_of([(rows, 0, n)], self.collate.keys, n)
         with torch.inference_mode():
             outputs = self._outputs(batch.sparse, batch.dense, batch.domain)
@@ -141,15 +136,34 @@ class Predictor:
             predictions = {t.name: served(t, p) for t, p in zip(self.config.tasks, predicted, strict=True)}
         return Scored(predictions, batch.sparse.lengths().numpy().reshape(-1, n).sum(0), rows.replaced)
 
-    def _refuse_unseen(self, domains: np.ndarray | None) -> None:
-        if domains is None or self.manifest.domains is None:
+    def _refuse_other_columns(self, schema: pa.Schema) -> None:
+        """Strings where integers were trained would be hashed to other rows of the tables, and the other way round."""
+        if schema is self.fits or schema.equals(self.fits):
             return
-        if (unseen := ~np.isin(domains, self.manifest.domains)).any():
-            row = int(np.flatnonzero(unseen)[0])
+        for name, then in self.manifest.columns.items():
+            if name not in schema.names:
+                raise DistmtlError(f"column {name!r} is missing; the model reads {', '.join(self.manifest.columns)}")
+            kind = schema.field(name).type
+            if not pa.types.is_null(kind) and (now := kind_of(kind)).endswith("string") != then.endswith("string"):
+                raise DistmtlError(f"column {name!r} holds {now}, but the model was trained on {then} in it; give it as it was then")
+        self.fits = schema
+
+    def checked(self, table: pa.Table) -> Rows:
+        """What the model reads of a table that has a column ROW, checked.
+
+        Raises:
+            DistmtlError: a value that the model does not take, with its column and row.
+        """
+        rows = self.collate(table)
+        if rows.domain is None or self.manifest.domains is None:
+            return rows
+        if (unseen := ~np.isin(rows.domain, self.manifest.domains)).any():
+            i = int(np.flatnonzero(unseen)[0])
             raise DistmtlError(
-                f"domain {domains[row]} of row {row} was never seen in training; leave such rows out, or train on rows of that "
-                f"{self.config.domain}"
+                f"domain {rows.domain[i]} of row {rows.numbers[i]} was never seen in training; leave such rows out, or train on rows of "
+                f"that {self.config.domain}"
             )
+        return rows
 
     def _outputs(self, ids: KeyedJaggedTensor, dense: Tensor, domain: Tensor | None) -> Tensor:
         """(B, O). The program takes no fewer rows and ids than program.LEAST: what is missing is made up, and left out again."""

@@ -21,6 +21,7 @@ from distmtl.errors import DistmtlError
 from distmtl.serving.columns import FLOAT64, INT64, MAX_STRING, Column
 from distmtl.serving.fusion import AnyFusion, LinearFusion, ProductFusion
 
+MAX_SPREAD = 64 << 20  # bytes of a column of the context, once for every candidate
 KEYS = ("context", "candidates", "fusion", "version")
 PRICE = Column("price", "number", None, (5e-324, FLOAT64), False)
 TYPES = {"integer": (int,), "string": (str,), "number": (float, int)}  # of Python's json; bool is a type of its own here
@@ -117,7 +118,10 @@ def parse_rows(raw: dict[str, Any], columns: dict[str, Column], fusion: AnyFusio
         if name in context and name in candidates:
             raise BadRequest(422, f"{_shown(name)} is given in context and in candidates; give it once")
         if name in context:
-            arrays[name] = _array([context[name]], column, f"context.{name}").take(everywhere)
+            once = _array([context[name]], column, f"context.{name}")
+            if once.nbytes * n > MAX_SPREAD:
+                raise BadRequest(413, f"context.{name} has {once.nbytes:,} bytes, and there are {n} candidates; send fewer at once")
+            arrays[name] = once.take(everywhere)
         elif name in candidates:
             arrays[name] = _array(candidates[name], column, f"candidates.{name}")
         elif name in columns:
@@ -202,10 +206,16 @@ def _arrow(values: list[Any], column: Column) -> pa.Array:
             values = [None if v is None else float(v) for v in values]
         else:
             values = [None if v is None else list(map(float, v)) for v in values]
+    if column.item == "integer" and column.bounds[1] >= 2**63:  # an unsigned one becomes negative, as in training
+        values = [_signed(v) if column.lengths is None else None if v is None else list(map(_signed, v)) for v in values]
     try:
         return pa.array(values, column.type)
     except UnicodeError:
         raise BadRequest(422, f"{column.name}: a string has half of a surrogate pair, which is no text") from None
+
+
+def _signed(value: int | None) -> int | None:
+    return value if value is None or value < 2**63 else value - 2**64
 
 
 def _price(fusion: AnyFusion, arrays: dict[str, pa.Array]) -> np.ndarray | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import test_every_kind
@@ -16,7 +18,7 @@ import test_head_contract
 import test_sequence_tables
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from worlds import run_world, train_world
 
@@ -24,14 +26,17 @@ from distmtl import Predictor
 from distmtl import export as write_export
 from distmtl.config import Config
 from distmtl.config_file import parse_config
+from distmtl.data.dataset import open_dataset
 from distmtl.errors import DistmtlError
 from distmtl.exporting import program, publishing
-from distmtl.exporting.manifest import MANIFEST, MODEL, Manifest, RowFormat
+from distmtl.exporting.manifest import MANIFEST, MODEL, Manifest, RowFormat, complete
 from distmtl.exporting.publishing import published
 from distmtl.exporting.row_formats import pack, unpack
 from distmtl.exporting.table_rows import stored_tables
+from distmtl.exporting.writer import _new_folder, export_delta
 from distmtl.run_directory import find_checkpoint
-from distmtl.serving.comparison import Comparison, checkpoint_predictions, compare, refuse_apart
+from distmtl.serving.batch import in_this_process, open_job, predict
+from distmtl.serving.comparison import Comparison, checkpoint_predictions, compare, first_rows, refuse_apart
 
 quiet = lambda text: None  # noqa: E731
 
@@ -86,7 +91,11 @@ def test_a_domain_that_was_never_trained_on(tiny_data, tmp_path):
     predictor, table = Predictor(tmp_path / "out"), rows_of(config, 3)
     assert predictor.manifest.domains == [0, 1, 2]
     with pytest.raises(DistmtlError, match="domain 3 of row 1 was never seen in training"):
-        predictor(table.set_column(table.schema.names.index("domain"), "domain", [[0, 3, 1]]))
+        predictor(unseen := table.set_column(table.schema.names.index("domain"), "domain", [[0, 3, 1]]))
+    pq.write_table(unseen, tmp_path / "unseen.parquet")
+    job = open_job(str(tmp_path / "out"), str(tmp_path / "unseen.parquet"), str(tmp_path / "predictions"), max_rejected=1)
+    assert predict(job, in_this_process, say=quiet)["rejected"] == 1  # that row alone
+    assert pq.read_table(tmp_path / "predictions/part-000000.parquet")["row"].to_pylist() == [0, 2]
 
 
 SHARDED = [("row_wise", "sgd", 2), ("column_wise", "adagrad", 2), ("table_wise", "sgd", 1)]
@@ -151,6 +160,27 @@ def test_any_number_of_rows(run, exported, n):
     few, all_ = Predictor(exported)(table.slice(5, n)), Predictor(exported)(table)
     for task, values in few.items():
         assert values.shape == (n,) and np.abs(values - all_[task][5 : 5 + n]).max(initial=0) <= 1e-6
+
+
+def test_other_columns_than_in_training(run, exported):
+    """A string would be hashed where an integer was a row of the table: another row's embedding, without a word."""
+    predictor, table = Predictor(exported), rows_of(run, 2)
+    for name, values, words in (("user", ["1", "2"], "holds string"), ("city", [1, 2], "trained on string")):
+        with pytest.raises(DistmtlError, match=words):
+            predictor(table.set_column(table.schema.names.index(name), name, pa.array(values)))
+    with pytest.raises(DistmtlError, match="column 'x' is missing"):
+        predictor(table.drop_columns(["x"]))
+
+
+def test_files_that_mix_types(tmp_path):
+    """As training reads them."""
+    for i, columns in enumerate(
+        ([pa.array([1, 2], pa.int32()), pa.array(["a", "b"]).dictionary_encode()], [pa.array([3], pa.uint64()), ["c"]])
+    ):
+        pq.write_table(pa.table(columns, names=["id", "city"]), tmp_path / f"{i}.parquet")
+    dataset = open_dataset(str(tmp_path))
+    assert first_rows(dataset, ["city", "id"], 9).to_pydict() == {"city": ["a", "b", "c"], "id": [1, 2, 3]}
+    assert first_rows(dataset, ["id"], 1).to_pydict() == {"id": [1]}
 
 
 def test_rows_without_any_id(tiny_data, tmp_path):
@@ -230,6 +260,64 @@ def test_deltas_make_the_newer_export_of_the_older(run, tmp_path):
     assert [p.name for p in sorted(folder.iterdir())] == ["000005-full", "000006-full"]
 
 
+def test_a_changed_model_is_published_whole(run, tiny_data, tmp_path):
+    """Its delta's rows and program would be read by the config of the export before it: one task's prediction under another's name."""
+    raw = tiny.raw(tiny_data, Path(run.run_dir).with_name("changed"))
+    raw["tasks"] = raw["tasks"][::-1]
+    changed, folder = trained(parse_config(raw)), tmp_path / "published"
+    before, after = (str(find_checkpoint(c.run_dir).path) for c in (run, changed))
+    publish(before, folder, 9)
+    assert not publish(after, folder, 9).is_delta
+    base = Predictor(folder / "000000-full").manifest
+    run_world(_delta, 1, after, str(changed.run_dir), base, str(tmp_path / "delta"))
+    with pytest.raises(DistmtlError, match="is of another model"):
+        Predictor(folder / "000000-full").prepare(tmp_path / "delta")
+
+
+def test_a_run_that_was_begun_anew_is_another(tiny_data, tmp_path):
+    """Of the same names, but a delta since its checkpoint is none since what was published, which would be served half changed."""
+    config, folder = (
+        tiny.config(tiny_data, tmp_path / "run", train={"steps": 4, "save_every": 2, "eval_every": 2, "keep": 9}),
+        tmp_path / "all",
+    )
+    train_world(config, 1)
+    publish(str(sorted((tmp_path / "run/checkpoints").iterdir())[0]), folder, 9)
+    shutil.rmtree(tmp_path / "run")
+    train_world(config.model_copy(update={"run": config.run.model_copy(update={"seed": 7})}), 1)
+    anew, later = (str(c) for c in sorted((tmp_path / "run/checkpoints").iterdir()))
+    assert not publish(later, folder, 9).is_delta
+    assert publish(anew, folder, 9).sequence == 2
+
+
+def _delta(checkpoint: str, since: str, base: Manifest, out: str) -> None:
+    export_delta(checkpoint, since, base, out, say=quiet)
+
+
+def test_after_a_damaged_export_the_next_is_full(run, tmp_path):
+    old, new = (str(p) for p in sorted((Path(run.run_dir) / "checkpoints").iterdir()))
+    publish(old, tmp_path, 9)
+    (tmp_path / "000000-full" / MODEL).write_bytes(b"")
+    assert not publish(new, tmp_path, 9).is_delta
+    found = published(tmp_path)
+    assert found is not None and found.full.name == "000001-full"
+
+
+@pytest.mark.parametrize("spoil", [{"rows": torch.tensor([200])}, {"rows": torch.tensor([-1])}, {"weight": torch.zeros(1, 4)}])
+def test_rows_that_a_table_does_not_have(exported, tmp_path, spoil):
+    """They would be written beyond the kernel's memory, or over other rows: refused before anything is taken in."""
+    predictor, delta = Predictor(exported), damaged(exported, tmp_path)
+    shutil.rmtree(delta / "tables")
+    (delta / "tables/user").mkdir(parents=True)
+    save_file({"rows": torch.tensor([0]), "weight": torch.zeros(1, 8)} | spoil, delta / "tables/user/changed.safetensors")
+    complete(delta, predictor.manifest.model_copy(update={"base": predictor.manifest.digest, "sequence": 1}))
+    with pytest.raises(DistmtlError, match="does not have"):
+        predictor.prepare(delta)
+    (delta / "tables/user/changed.safetensors").unlink()
+    complete(delta, predictor.manifest)
+    with pytest.raises(DistmtlError, match=r"0 of 200 rows of table 'user'"):
+        Predictor(delta)
+
+
 def damaged(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "copy"))
 
@@ -255,21 +343,58 @@ def test_damage_is_named(exported, tmp_path):
         Predictor(copy)
 
 
-def test_no_pickle_is_loaded(exported, tmp_path):
-    """Whatever an archive claims: torch would unpickle it."""
-    names = zipfile.ZipFile(exported / MODEL).namelist()
-    config = next(n for n in names if n.endswith("model_weights_config.json"))
-    payload = json.loads(zipfile.ZipFile(exported / MODEL).read(config))
-    first = next(iter(payload["config"]))
-    payload["config"][first]["use_pickle"] = True
-    sample = next(n for n in names if "/sample_inputs/" in n)
-    for planted in ({config: json.dumps(payload).encode()}, {sample: b"cos\nsystem\n(S'true'\ntR."}):
-        spoilt = io.BytesIO()
-        with zipfile.ZipFile(exported / MODEL) as old, zipfile.ZipFile(spoilt, "w") as new:
-            for name in names:
-                new.writestr(name, planted.get(name, old.read(name)))
+RUN = "__import__('os').system('touch pwned')"  # torch.export.load evaluates sizes, and calls what operators are named
+
+
+def _with(parts: dict[str, bytes]) -> io.BytesIO:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    return file
+
+
+def test_no_pickle_is_loaded_and_no_code(exported, tmp_path, monkeypatch):
+    """Whatever an archive claims: torch would unpickle, import, evaluate and call it."""
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile(exported / MODEL) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    weights, sample, graph = (
+        f"archive/{n}" for n in ("data/weights/model_weights_config.json", "data/sample_inputs/model.pt", "models/model.json")
+    )
+    payload, model = json.loads(parts[weights]), parts[graph].decode()
+    payload["config"][next(iter(payload["config"]))]["use_pickle"] = True
+    pickled, size = b"cos\nsystem\n(S'touch pwned'\ntR.", re.search(r'"expr_str": *("[^"]*")', model).group(1)
+    old = {"version": b"8.14", "serialized_exported_program.json": parts[graph], "serialized_state_dict.pt": pickled}
+    spoilt = [
+        parts | {weights: json.dumps(payload).encode()},
+        parts | {sample: pickled},
+        parts | {"archive/data/aotinductor/model/a.so": b""},
+        parts | {graph: model.replace(size, json.dumps(RUN)).encode()},
+        parts | {graph: model.replace("torch.ops.aten.linear.default", "torch.os.system").encode()},
+        parts | {graph: model.replace("builtins.tuple", "collections.defaultdict").encode()},
+        old,
+    ]
+    for content in spoilt:
         with pytest.raises(DistmtlError, match="never loaded"):
-            program.load(spoilt, "the program")
+            program.load(_with(content), "the program")
+    guarded = json.dumps(json.loads(model) | {"guards_code": [RUN]}).encode()
+    program.load(_with(parts | {graph: guarded}), "the program")(*_inputs(exported))
+    assert not (tmp_path / "pwned").exists()
+
+
+def _inputs(exported):
+    """Of two rows without an id."""
+    config = Predictor(exported).config
+    made = program.Program(config)
+    lists = [torch.zeros(2, f.dim) for f in config.embedded if f.name in made.lists]
+    return (
+        torch.zeros(2, sum(made.widths)),
+        lists,
+        torch.ones(len(made.keys), 2).int(),
+        torch.zeros(2, sum(f.width for f in config.dense)),
+        None,
+    )
 
 
 def test_where_it_goes_must_be_empty(run, tmp_path):
@@ -278,4 +403,18 @@ def test_where_it_goes_must_be_empty(run, tmp_path):
         export(run.run_dir, tmp_path)
     with pytest.raises(DistmtlError, match="no such folder"):
         export(str(tmp_path / "nothing"), tmp_path / "out")
+    with pytest.raises(DistmtlError, match="object store"):
+        export(run.run_dir, "memory://out")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_one_at_a_time_and_what_a_killed_one_left_is_replaced(tmp_path):
+    """Two that wrote into one folder would name each other's half-written files in the manifest."""
+    stale = tmp_path / ".out.partial" / "tables"
+    stale.mkdir(parents=True)
+    with _new_folder(tmp_path / "out") as folder:
+        assert not any(folder.iterdir())
+        (folder / "first").touch()
+        with pytest.raises(DistmtlError, match="written by another process"), _new_folder(tmp_path / "out"):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in (tmp_path / "out").iterdir()] == ["first"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -23,6 +24,7 @@ import served
 from bodies import check_any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from distmtl import Predictor
 from distmtl.serving.comparison import checkpoint_predictions
@@ -169,3 +171,19 @@ def test_wrong_commands(tmp_path):
     ):
         done = subprocess.run([sys.executable, "-m", "distmtl", "serve", *arguments], capture_output=True, text=True, check=False)
         assert done.returncode and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_client_that_goes_away_is_no_failure_of_the_server():
+    from distmtl.cluster.serve import body_of
+    from distmtl.serving.request import BadRequest
+
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive():
+        return next(messages)
+
+    async def read() -> list[bytes]:
+        return [part async for part in body_of(Request({"type": "http", "method": "POST", "headers": []}, receive))]
+
+    with pytest.raises(BadRequest, match="went away"):
+        asyncio.run(read())
