@@ -215,6 +215,21 @@ def parser() -> argparse.ArgumentParser:
     config_arguments(p)
 
     p = command(
+        "report", report, "Write one HTML file with plots of a run, or of several beside each other.",
+        "distmtl report runs/quickstart --slices user_id,item_id",
+    )  # fmt: skip
+    p.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, also of a followed run or one in progress")
+    p.add_argument("--out", metavar="FILE", help="(default: RUN/report.html; of several runs, report.html in the working directory)")
+    p.add_argument(
+        "--rows", type=positive, default=50_000, metavar="N",
+        help="of the test or validation split to examine the checkpoint on (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--slices", default="", metavar="FEATURE[,…]", help="metrics by how often training saw the ids of these features, as for evaluate"
+    )
+    p.add_argument("--no-model", action="store_true", help="without what asks the checkpoint: what the run's directory says, in seconds")
+
+    p = command(
         "serve", serve, "Score candidates over HTTP, from one export or several side by side, on Ray Serve.",
         "distmtl serve exports/synthetic --port 8000",
     )  # fmt: skip
@@ -378,7 +393,7 @@ def evaluate(a: argparse.Namespace) -> None:
     if a.out and not a.out.absolute().parent.is_dir():
         raise DistmtlError(f"--out {a.out}: its folder does not exist")
     found = find_checkpoint(a.path)
-    metrics = run(str(found.path), a.data, slices=re.split(r",(?=[^\d])", a.slices) if a.slices else ())
+    metrics = run(str(found.path), a.data, slices=_slices(a.slices))
     if _first_rank():
         print(f"checkpoint {found.path} (step {found.step})")
         for task, calibration in saved_calibrations(found).items():
@@ -439,6 +454,18 @@ def health(a: argparse.Namespace) -> None:
 
     history = read_history(a.run_dir)
     print(json.dumps(asdict(history)) if a.json else page(history))
+
+
+def report(a: argparse.Namespace) -> None:
+    from distmtl.distributed.process import quieten
+    from distmtl.reporting.report import report as run
+
+    quieten()
+    print(f"report: {run(a.runs, a.out, a.rows, _slices(a.slices), model=not a.no_model)}")
+
+
+def _slices(text: str) -> list[str]:
+    return re.split(r",(?=[^\d])", text) if text else []
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from distmtl.errors import DistmtlError
@@ -46,18 +47,35 @@ def read_history(run_dir: str) -> History:
     log = place(run_dir) / "metrics.jsonl"
     if not log.exists():
         raise DistmtlError(f"{run_dir} is no run: it has no metrics.jsonl")
-    trained: list[dict[str, Any]] = []
-    alarms: list[dict[str, Any]] = []
-    for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break  # being written
-        record = json.loads(line)
+    return history_of(run_dir, counted(read_log(log)))
+
+
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl up to now."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be being written
+
+
+def counted(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what a failure undid: steps after the one that the next attempt started from."""
+    out: list[dict[str, Any]] = []
+    for record in records:
         if record["kind"] == "start":
-            trained, alarms = ([r for r in rs if r["step"] <= record["step"]] for rs in (trained, alarms))
-        elif record["kind"] == "train" and record.get("health"):
-            trained.append(record)
-        elif "alarm" in record:
-            alarms.append({k: record[k] for k in ("step", "alarm", "text")})
+            out = [r for r in out if r.get("step", 0) <= record["step"]]
+        out.append(record)
+    return out
+
+
+def history_of(run_dir: str, records: Sequence[dict[str, Any]]) -> History:
+    """
+    Args:
+        records: those that count.
+
+    Raises:
+        DistmtlError: there is no health in them.
+    """
+    trained = [r for r in records if r["kind"] == "train" and r.get("health")]
+    alarms = [{k: r[k] for k in ("step", "alarm", "text")} for r in records if "alarm" in r]
     if not trained:
         raise DistmtlError(f"{run_dir} has logged no health yet; it does so every train.log_every steps")
     health, losses = [r["health"] for r in trained], [r["losses"] for r in trained]

@@ -292,7 +292,7 @@ def _same(new: Config, old: Config, where: str, free: tuple[str, ...], matching:
     """
     if new.optimizer.schedule.decay == "none":
         free += FREE_WITHOUT_DECAY
-    a, b = _flat(new.model_dump(mode="json")), _flat(old.model_dump(mode="json"))
+    a, b = flat(new.model_dump(mode="json")), flat(old.model_dump(mode="json"))
     differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     differing = [k for k in differing if not _is_one_of(k, free) or "oov" in (a.get(k), b.get(k))]  # out_of_range may differ; oov is a row
     differing.sort(key=lambda k: _is_one_of(k, FREE_IF_MATCHING))  # first what no policy allows
@@ -326,7 +326,7 @@ def _same_data(train_set: Dataset, found: Checkpoint) -> None:
     )
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key → plain value; elements of a list go by their name where they have one."""
     if isinstance(tree, dict):
         items = list(tree.items())
@@ -337,4 +337,4 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     if not items:
         return {prefix: tree}
-    return {k: v for name, value in items for k, v in _flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {k: v for name, value in items for k, v in flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}

@@ -1,0 +1,134 @@
+"""What a run's directory says about it: its log, plan, result and config; of a followed run those of all its partitions, end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distmtl.config import Config
+from distmtl.errors import DistmtlError
+from distmtl.health_page import History, counted, history_of, read_log
+from distmtl.run_directory import PARTITIONS, config_of, flat
+from distmtl.storage import place
+
+Record = dict[str, Any]
+SAID = ("start", "note", "end")  # kinds of records that tell what happened
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run up to now. Steps of a followed run count through its partitions."""
+
+    name: str  # no other run of the report has it
+    path: str
+    config: Config
+    records: list[Record]  # of its log, without what failures undid
+    events: list[Record]  # what happened, with what was undone
+    history: History | None  # of its health
+    plan: Record | None
+    result: Record | None
+    partitions: list[Record]  # follow.jsonl's lines; none where nothing is followed
+
+    def of_kind(self, kind: str) -> list[Record]:
+        return [r for r in self.records if r["kind"] == kind]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Split → task → metric → value: the result's, before there is one the last that the log has."""
+        if self.result:
+            return self.result["metrics"]
+        return {r["split"]: r["metrics"] for r in self.of_kind("evaluation")}
+
+    @property
+    def attempts(self) -> list[Record]:
+        return [e for e in self.events if e["kind"] == "start"]
+
+    @property
+    def restarts(self) -> list[int]:
+        """Steps that a later attempt of the same run, or partition, went on from."""
+        return [e["step"] for before, e in zip([None, *self.attempts], self.attempts, strict=False) if before and same_log(before, e)]
+
+
+def same_log(a: Record, b: Record) -> bool:
+    return a.get("partition") == b.get("partition")
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """
+    Raises:
+        DistmtlError: a path that is no run.
+    """
+    return [read_run(path, name) for path, name in zip(paths, names_of(paths), strict=True)]
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """The paths without the folders that all of them are in."""
+    whole = [os.path.normpath(p) if "://" not in p else p.rstrip("/") for p in paths]
+    parts = [p.split("/") for p in whole]
+    alike = 0
+    while all(len(p) > alike + 1 for p in parts) and len({tuple(p[: alike + 1]) for p in parts}) == 1:
+        alike += 1
+    names = ["/".join(p[alike:]) for p in parts]
+    return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+def read_run(path: str, name: str) -> Run:
+    """
+    Raises:
+        DistmtlError: no run there.
+    """
+    folder = place(path)
+    chain = partitions_of(folder)
+    logs = [p for p in chain or [folder] if (p / "metrics.jsonl").exists()]
+    if not logs or not (folder / "config.yaml").exists():
+        raise DistmtlError(f"{path} is no run: it has no {'config.yaml' if logs else 'metrics.jsonl'}")
+    records: list[Record] = []
+    events: list[Record] = []
+    offset = 0
+    for log in logs:
+        every = [moved(r, offset, log.name if chain else None) for r in read_log(log / "metrics.jsonl")]
+        records += counted(every)
+        events += [r for r in every if r["kind"] in SAID]
+        offset = max([offset, *(r["step"] for r in records if "step" in r)])
+    try:
+        history = history_of(path, records)
+    except DistmtlError:
+        history = None
+    return Run(
+        name,
+        path,
+        config_of(folder),
+        records,
+        events,
+        history,
+        read_json(logs[-1] / "plan.json"),
+        read_json(folder / "result.json"),
+        read_log(folder / "follow.jsonl") if (folder / "follow.jsonl").exists() else [],
+    )
+
+
+def partitions_of(folder: Path) -> list[Path]:
+    """The runs of a followed run's partitions, in their order."""
+    return sorted((folder / PARTITIONS).iterdir(), key=lambda p: p.name) if (folder / PARTITIONS).is_dir() else []
+
+
+def moved(record: Record, offset: int, partition: str | None) -> Record:
+    """As one of a longer log."""
+    out = {**record, "step": record["step"] + offset} if "step" in record else dict(record)
+    return out if partition is None else {**out, "partition": partition}
+
+
+def read_json(file: Path) -> Record | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def config_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Dotted key → its value in every run, None where it has none; of keys that are not the same in all."""
+    trees = [flat(run.config.model_dump(mode="json")) for run in runs]
+    keys = list(dict.fromkeys(k for tree in trees for k in tree))
+    values = {k: [tree.get(k) for tree in trees] for k in keys}
+    return {k: v for k, v in values.items() if any(other != v[0] for other in v)}
