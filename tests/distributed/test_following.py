@@ -133,7 +133,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(tmp_path):
         arguments = ["train", str(tmp_path / "config.yaml"), "--follow", str(source), "--partitions", str(days)]
         process = subprocess.Popen(
             [sys.executable, "-m", "distmtl", *arguments],
-            env={**os.environ, **rank},
+            env={**os.environ, **rank, "PYTHONPATH": str(Path(recording.__file__).parent)},  # of the plug-in
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -37,7 +37,7 @@ def follow(config: Path, source: Path, days: int) -> subprocess.Popen[str]:
     arguments = ["train", str(config), "--follow", str(source), "--partitions", str(days), "--workers", "2"]
     return subprocess.Popen(
         [sys.executable, "-m", "distmtl", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "RAY_ADDRESS": "local"}, start_new_session=True,
+        env={**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(Path(recording.__file__).parent)}, start_new_session=True,
     )  # fmt: skip
 
 
