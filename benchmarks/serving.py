@@ -53,7 +53,9 @@ CLIENTS = 4
 
 def bare_model(path: str, config: Config, predictor: Predictor) -> nn.Module:
     """The model as it was trained, with the tables that the predictor holds."""
-    model = MultiTaskModel(config, torch.device("cpu")).to_empty(device=torch.device("cpu"))
+    model = MultiTaskModel(config, torch.device("cpu"))
+    for tables in (model.embeddings, model.sequences):  # on "meta" until they are sharded
+        tables.to_empty(device=torch.device("cpu"))
     dense = {k.removeprefix("model."): v for k, v in checkpoint.dense(find_checkpoint(path)).items() if k.startswith("model.")}
     model.load_state_dict(dense, strict=False)
     for name, parameter in model.named_parameters():
