@@ -53,7 +53,6 @@ bench-conflict: install ## every weighting against static weights where conflict
 	@$(BIN)/python -m benchmarks.conflict
 
 bench-drift: install ## a model that follows drifting data against a frozen one and daily new ones; about 4 minutes
-	@$(PIP_INSTALL) matplotlib
 	@$(BIN)/python -m benchmarks.drift
 
 bench-reproduce: install ## results of the MMoE, PLE, ESMM and ESCM² papers; 2 hours; raw files: CENSUS=DIR MOVIELENS=DIR
@@ -63,7 +62,6 @@ bench-reproduce: install ## results of the MMoE, PLE, ESMM and ESCM² papers; 2 
 	@$(BIN)/python -m benchmarks.reproduce.movielens $(if $(MOVIELENS),--source $(MOVIELENS))
 
 bench-sizes: data/wide/mmoe.yaml ## curves over sizes with plots, peak memory, bytes sent; about 10 minutes
-	@$(PIP_INSTALL) matplotlib
 	@$(BIN)/python -m benchmarks.curves
 	@$(BIN)/python -m benchmarks.memory
 	@$(BIN)/python -m benchmarks.traffic data/wide/mmoe.yaml

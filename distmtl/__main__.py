@@ -168,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("export", metavar="EXPORT")
     p.add_argument("--data", required=True, metavar="PATH", help="a file, a folder or a glob, local or remote")
     p.add_argument("--out", required=True, metavar="DIR")
-    p.add_argument("--workers", type=at_least_one, default=1, metavar="N", help="Ray workers; 1: this process alone (default: %(default)s)")
+    p.add_argument("--workers", type=positive, default=1, metavar="N", help="Ray workers; 1: this process alone (default: %(default)s)")
     p.add_argument("--keep", type=lambda text: text.split(","), default=[], metavar="COLUMN[,…]", help="columns of the data to keep")
     p.add_argument(
         "--max-rejected", type=share, default=0.01, metavar="SHARE", help="it stops where more rows cannot be scored (default: %(default)s)"
@@ -495,12 +495,6 @@ def workers(text: str) -> str:
 
 def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
-
-
-def at_least_one(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 def share(text: str) -> float:

@@ -115,7 +115,7 @@ def _score(jobs: list[Job]) -> None:
         try:
             whole = predictor.score(pa.concat_tables([j.table for j in jobs]))
         except DistmtlError:
-            pass
+            pass  # nobody is told yet: each is scored alone below, and the guilty gets its own sentence
         except Exception as e:
             traceback.print_exc()
             for job in jobs:
