@@ -1,0 +1,20 @@
+"""`distmtl config`."""
+
+from __future__ import annotations
+
+import argparse
+
+from distmtl.commands.arguments import config_arguments
+
+HELP = "Print the resolved config."
+EXAMPLE = "distmtl config configs/synthetic.yaml model.num_experts=8"
+
+
+def add(p: argparse.ArgumentParser) -> None:
+    config_arguments(p)
+
+
+def run(a: argparse.Namespace) -> None:
+    from distmtl.config_file import dump_config, load_config
+
+    print(dump_config(load_config(a.config, a.overrides)), end="")
