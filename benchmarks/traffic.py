@@ -39,7 +39,8 @@ from distmtl.config_file import load_config
 from distmtl.distributed.process import process_group, quieten
 from distmtl.distributed.ranks import run_ranks
 from distmtl.loop import Training, open_splits
-from distmtl.planning import BYTES_PER_MS, Hardware, dense_parameters, offline_model, plan_world
+from distmtl.planning.hardware import BYTES_PER_MS, Hardware
+from distmtl.planning.world import dense_parameters, offline_model, plan_world
 from distmtl.progress import Progress
 
 STEPS = 4

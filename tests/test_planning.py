@@ -20,7 +20,11 @@ from distmtl.distributed import sharding
 from distmtl.distributed.process import process_group
 from distmtl.distributed.sharding import attach_table_optimizers, describe, make_plan, plan_text
 from distmtl.model.multitask import TrainModel
-from distmtl.planning import Hardware, dense_parameters, make_report, measure, offline_model, plan_world, smallest_world
+from distmtl.planning.hardware import Hardware
+from distmtl.planning.measured import measure
+from distmtl.planning.report import make_report
+from distmtl.planning.search import smallest_world
+from distmtl.planning.world import dense_parameters, offline_model, plan_world
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30

@@ -22,7 +22,7 @@ from distmtl.model.kernels import segment_sum, spread
 from distmtl.model.layout import Layout
 from distmtl.model.multitask import initialise_dense
 from distmtl.model.sequences import Attention, SequencePooling, TargetAttention
-from distmtl.planning import dense_parameters, offline_model
+from distmtl.planning.world import dense_parameters, offline_model
 
 LENGTHS = torch.tensor([0, 3, 1, 0, 4, 0])
 DIM, COPIES = 4, 2

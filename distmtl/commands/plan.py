@@ -33,7 +33,8 @@ def run(a: argparse.Namespace) -> int:
     from dataclasses import fields
 
     from distmtl.config_file import load_config
-    from distmtl.planning import Hardware, make_report
+    from distmtl.planning.hardware import Hardware
+    from distmtl.planning.report import make_report
 
     config = load_config(a.config, a.overrides)
     given = {f.name: getattr(a, f.name) for f in fields(Hardware) if getattr(a, f.name) is not None}
