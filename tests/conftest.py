@@ -10,6 +10,7 @@ import tiny
 import torch
 
 torch.set_num_threads(1)
+STARTS_RAY = ("test_local_cluster.py", "test_launch.py")
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,11 @@ def tiny_data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     tiny.write(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `pytest -n 2 --dist loadgroup`: a file stays in one process, and all that start Ray in the same one, for two Ray clusters of one
+    machine find each other."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group("ray" if folder == "end_to_end" or item.path.name in STARTS_RAY else item.path.name))

@@ -26,30 +26,26 @@ import numpy as np
 import pyarrow as pa
 from scipy.special import ndtr
 
-from distmtl.data.synthetic import BLOCK, SPLITS, Columns, Planted, scattered, sigmoid, solve
+from distmtl.data.crowd import Crowd
+from distmtl.data.synthetic import BLOCK, SPLITS, Columns, sigmoid, solve
 from distmtl.errors import DistmtlError
 
-USERS, ITEMS, SEGMENTS, TOPICS, HOURS, FACTORS = 5_000, 1_000, 50, 50, 24, 4
 COMMON, TURNED, OWN = 0.2, 1.0, 0.4
 RATE = {"click": 0.5, "like": 0.3}
 SPREAD, WATCH, NOISE, TOGETHER, SECONDS = 1.2, 0.4, 1.0, 0.95, 30.0
 TASKS = ("click", "like", "watch")
 
 
-class ConflictWorld(Planted):
+class ConflictWorld(Crowd):
     """Args:
     strength: 0 … 1, how far the tasks' wishes are turned away from each other.
     """
 
     name = "conflict"
     about = __doc__.split("\n", 1)[0]
-    heads: dict[str, dict[str, Any]] = {  # noqa: RUF012
-        "mmoe": {"model": {"kind": "mmoe", "num_experts": 4, "expert": [32, 16]}},
-        "shared_bottom": {"model": {"kind": "shared_bottom", "bottom": [64, 16]}},
-    }
 
     def __init__(self, seed: int = 0, strength: float = 1.0):
-        super().__init__(seed)
+        super().__init__(seed, users=5_000, items=1_000, segments=50, main=0.4, factors=4)
         if not 0 <= strength <= 1:
             raise DistmtlError(f"conflict {strength} is not in 0 … 1")
         self.strength = strength
@@ -60,28 +56,11 @@ class ConflictWorld(Planted):
         self.offset["like"] = solve(lambda o: float(sigmoid(like + o).mean()) - RATE["like"])
         self.offset["watch"] = math.log(SECONDS / np.exp(watch).mean())
 
-    def impressions(self, rng: np.random.Generator) -> Columns:
-        """The features of BLOCK impressions."""
-        user, item = scattered(rng.random(BLOCK), USERS, 0.8), scattered(rng.random(BLOCK), ITEMS, 0.8)
-        return {
-            "user_id": user,
-            "item_id": item,
-            "segment": (SEGMENTS * self.uniform("segment", user)).astype(np.int64),
-            "topic": (TOPICS * self.uniform("topic", item)).astype(np.int64),
-            "hour": rng.integers(HOURS, size=BLOCK),
-        }
-
-    def signal(self, name: str, x: Columns) -> np.ndarray:
-        """Mean 0, variance 1: effects of user, item and hour, and which segments like which topics, FACTORS products."""
-        main = sum(self.effect(f"{name} {c}", x[c]) for c in ("user_id", "item_id", "hour"))
-        match = sum(self.effect(f"{name} {k}", x["segment"]) * self.effect(f"{name} {k}", x["topic"]) for k in range(FACTORS))
-        return math.sqrt(0.4 / 3) * main + math.sqrt(0.6 / FACTORS) * match
-
     def logit(self, task: str, x: Columns) -> np.ndarray:
         """Of the probability; of watch, the logarithm of the expected seconds."""
         angle = self.strength * 2 * math.pi * TASKS.index(task) / len(TASKS)
-        turned = math.cos(angle) * self.signal("a", x) + math.sin(angle) * self.signal("b", x)
-        wanted = COMMON * self.signal("common", x) + TURNED * turned + OWN * self.signal(task, x)
+        turned = math.cos(angle) * self.planted("a", x) + math.sin(angle) * self.planted("b", x)
+        wanted = COMMON * self.planted("common", x) + TURNED * turned + OWN * self.planted(task, x)
         return self.offset[task] + (WATCH if task == "watch" else SPREAD) * wanted
 
     def block(self, split: str, index: int) -> pa.Table:
@@ -100,10 +79,9 @@ class ConflictWorld(Planted):
         return pa.table(columns)
 
     def config(self) -> dict[str, Any]:
-        sizes = {"user_id": USERS, "item_id": ITEMS, "segment": SEGMENTS, "topic": TOPICS, "hour": HOURS}
         return {
             "data": {"train": "train", "validation": "validation", "test": "test"},
-            "features": [{"kind": "id", "name": name, "rows": rows, "dim": 8} for name, rows in sizes.items()],
+            "features": self.features(),
             "tasks": [
                 *({"kind": "binary", "name": name, "tower": [16], "true_probability": f"p_{name}"} for name in RATE),
                 {"kind": "regression", "name": "watch", "tower": [16], "bias": SECONDS},

@@ -23,31 +23,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distmtl.data.crowd import Crowd
 from distmtl.data.output import new_folder, write_configs
-from distmtl.data.synthetic import BLOCK, Columns, Planted, scattered, sigmoid, solve
+from distmtl.data.synthetic import BLOCK, Columns, sigmoid, solve
 from distmtl.errors import DistmtlError
 
-USERS, ITEMS, SEGMENTS, TOPICS, HOURS, FACTORS = 2_000, 500, 30, 30, 24, 3
 RATE = {"click": 0.3, "conversion": 0.3}  # of impressions, of clicks; on day 0 without drift
 SPREAD, LASTING, PASSING, SWING, PERIOD = 1.5, 0.5, 0.85, 0.5, 40
 TASKS = tuple(RATE)
 ABOUT = __doc__.split("\n", 1)[0]
 
 
-class DriftWorld(Planted):
+class DriftWorld(Crowd):
     """Args:
     strength: how fast it drifts; at 1, PERIOD days are a turn.
     """
 
     name = "drift"
     about = ABOUT
-    heads: dict[str, dict[str, Any]] = {  # noqa: RUF012
-        "mmoe": {"model": {"kind": "mmoe", "num_experts": 4, "expert": [32, 16]}},
-        "shared_bottom": {"model": {"kind": "shared_bottom", "bottom": [64, 16]}},
-    }
 
     def __init__(self, seed: int = 0, strength: float = 1.0):
-        super().__init__(seed)
+        super().__init__(seed, users=2_000, items=500, segments=30, main=0.5, factors=3)
         if not 0 <= strength <= 10:
             raise DistmtlError(f"drift {strength} is not in 0 … 10")
         self.strength = strength
@@ -56,23 +52,6 @@ class DriftWorld(Planted):
         self.offset = {"click": solve(lambda o: float(sigmoid(spread["click"] + o).mean()) - RATE["click"])}
         p = sigmoid(spread["click"] + self.offset["click"])
         self.offset["conversion"] = solve(lambda o: float((p * sigmoid(spread["conversion"] + o)).sum() / p.sum()) - RATE["conversion"])
-
-    def impressions(self, rng: np.random.Generator) -> Columns:
-        """The features of BLOCK impressions."""
-        user, item = scattered(rng.random(BLOCK), USERS, 0.8), scattered(rng.random(BLOCK), ITEMS, 0.8)
-        return {
-            "user_id": user,
-            "item_id": item,
-            "segment": (SEGMENTS * self.uniform("segment", user)).astype(np.int64),
-            "topic": (TOPICS * self.uniform("topic", item)).astype(np.int64),
-            "hour": rng.integers(HOURS, size=BLOCK),
-        }
-
-    def planted(self, name: str, x: Columns) -> np.ndarray:
-        """Mean 0, variance 1: effects of user, item and hour, and which segments like which topics, FACTORS products."""
-        main = sum(self.effect(f"{name} {c}", x[c]) for c in ("user_id", "item_id", "hour"))
-        match = sum(self.effect(f"{name} {k}", x["segment"]) * self.effect(f"{name} {k}", x["topic"]) for k in range(FACTORS))
-        return math.sqrt(0.5 / 3) * main + math.sqrt(0.5 / FACTORS) * match
 
     def angle(self, day: int) -> float:
         return self.strength * 2 * math.pi * day / PERIOD
@@ -97,10 +76,9 @@ class DriftWorld(Planted):
         return pa.table({**x, "click": clicked.astype(np.int8), "conversion": converted, "p_click": p_click, "p_conversion": p_conversion})
 
     def config(self) -> dict[str, Any]:
-        sizes = {"user_id": USERS, "item_id": ITEMS, "segment": SEGMENTS, "topic": TOPICS, "hour": HOURS}
         return {
             "data": {"train": "day=*/*.parquet"},
-            "features": [{"kind": "id", "name": name, "rows": rows, "dim": 8} for name, rows in sizes.items()],
+            "features": self.features(),
             "tasks": [{"kind": "binary", "name": name, "tower": [16], "true_probability": f"p_{name}"} for name in RATE],
             "optimizer": {
                 "tables": {"kind": "rowwise_adagrad", "lr": 0.15},
