@@ -25,13 +25,12 @@ class Bag:
     @classmethod
     def of(cls, values: np.ndarray, lengths: np.ndarray, order: np.ndarray | None) -> Bag:
         """From (n,) lengths, then permuted."""
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        if order is None:
-            return cls(values, starts, lengths)
-        lengths = lengths.take(order)
-        ends = np.cumsum(lengths)
-        shift = starts.take(order) - (ends - lengths)
-        return cls(values.take(np.repeat(shift, lengths) + np.arange(len(values))), np.concatenate([[0], ends]), lengths)
+        lengths = lengths.astype(np.int32, copy=False)
+        if order is not None:
+            found = (torch.from_numpy(x) for x in (order.astype(np.int32), lengths, np.ascontiguousarray(values)))
+            permuted, gathered, _ = torch.ops.fbgemm.permute_1D_sparse_data(*found, None, len(values))
+            lengths, values = permuted.numpy(), gathered.numpy()
+        return cls(values, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), lengths)
 
 
 @dataclass(frozen=True)
