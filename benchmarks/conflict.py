@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
 import typing
 import warnings
 from collections.abc import Iterable
@@ -31,12 +30,12 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.intervals import difference, interval
+from benchmarks.record import Record
 from distmtl.config import WeightingConfig
 from distmtl.config_file import parse_config
 from distmtl.data.conflict import TASKS, ConflictWorld
 from distmtl.data.synthetic import write_log
 from distmtl.loop import train
-from distmtl.versions import git_commit, versions
 
 LOGS = {"conflict": 1.0, "control": 0.0}
 RATES, WATCH_WEIGHTS = (1 / 3, 1.0, 3.0), (1.0, 0.1, 0.03, 0.01, 0.003, 0.001)
@@ -179,7 +178,7 @@ def markdown(report: dict[str, Any]) -> str:
                     cells += [cosine, verdict(r["difference"]) if r["difference"] else ""]
                     lines.append(f"| {kind} | {r['rate']:.2g} | {' | '.join(cells)} |")
                 lines.append("")
-    return "\n".join([*lines, ", ".join(f"{k} {v}" for k, v in report["conditions"].items()), ""])
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -191,9 +190,8 @@ def main() -> None:
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     a = p.parse_args()
-    began, file = time.time(), a.out / "conflict.json"
-    report = json.loads(file.read_text()) if file.exists() else {"studies": {}}
-    a.out.mkdir(parents=True, exist_ok=True)
+    record, file = Record(), a.out / "conflict.json"
+    report = {"studies": json.loads(file.read_text())["studies"] if file.exists() else {}}
     seeds = range(FIRST, FIRST + a.seeds)
     kinds = ["static", *(k for k in a.kinds if k != "static")]
     with TemporaryDirectory() as folder, ProcessPoolExecutor(a.jobs, mp_context=get_context("spawn")) as pool:
@@ -205,10 +203,7 @@ def main() -> None:
             for log in LOGS:
                 weights = study(lab, log, head, kinds, seeds)
                 report["studies"].setdefault(log, {})[head] = {"rows": a.rows, "seeds": a.seeds, "weights": weights}
-                report["conditions"] = {"minutes": round((time.time() - began) / 60, 1), "git": git_commit(), **versions()}
-                file.write_text(json.dumps(report, indent=1) + "\n")
-                (a.out / "conflict.md").write_text(markdown(report))
-    print(markdown(report))
+                record.write(a.out, "conflict", report, markdown)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import multiprocessing as mp
 import os
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,6 +33,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from benchmarks.gemms import Gemms, cpu_seconds, products
 from benchmarks.limit import RawTables
 from benchmarks.plot import draw
+from benchmarks.record import Record
 from distmtl.batch import Batch
 from distmtl.config import Config
 from distmtl.config_file import parse_config
@@ -45,7 +44,6 @@ from distmtl.distributed.process import Process, process_group
 from distmtl.loop import make_pipeline
 from distmtl.model.multitask import TrainModel, initialise_dense
 from distmtl.optim import Optimizers
-from distmtl.versions import git_commit, versions
 
 SECONDS = 0.5  # of a loop in one round, about
 CLIFF = 0.25  # less of the limit than at a neighbouring point
@@ -183,8 +181,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [f"| {p['x']:,} | " + " | ".join(f"{p[k]:,}" for k in keys) + " |" for p in points] + [""]
     lines += [f"1e8 rows / 1e6 rows, {name}: {ratio}  " for name, ratio in report["1e8 rows / 1e6 rows"].items()]
     lines += ["", "cliffs: " + ("; ".join(report["cliffs"]) or "none"), ""]
-    conditions = ", ".join(f"{k} {v}" for k, v in report["conditions"].items() if k != "versions")
-    return "\n".join([*lines, f"{conditions}; {', '.join(f'{k} {v}' for k, v in report['conditions']['versions'].items())}", ""])
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -195,24 +192,19 @@ def main() -> None:
     p.add_argument("--only", nargs="+", choices=every, default=every, metavar="NAME", help="curves; OUT has no others then")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--out", type=Path, default=Path("benchmarks/results/curves.json"))
-    a, began, load = p.parse_args(), time.time(), os.getloadavg()[0]
+    a, record = p.parse_args(), Record()
     os.environ |= {"OMP_NUM_THREADS": "1"} | KEEP_MEMORY  # malloc reads them where a process begins: not here, but in those of curve()
     curves: dict[str, list[Point]] = {}
     for name in a.only:
         curves |= curve(name, a.rounds)
     rows = {name: {p["x"]: p for p in points} for name, points in curves.items() if name.startswith("rows")}
-    conditions = {"when": time.strftime("%Y-%m-%d", time.gmtime(began)), "minutes": round((time.time() - began) / 60, 1)}
-    conditions |= {"load at the start": round(load, 1), "cpu": torch.backends.cpu.get_cpu_capability(), "float32": fastest_fp32()}
-    conditions |= {"rounds": a.rounds, "versions": versions(), "git": git_commit()}
     slowdown = {f"{n}, {w}": round(p[10**8][w] / p[10**6][w], 2) for n, p in rows.items() for w in ("ours", "limit")}
     pairs: list[Any] = [(n, *sorted(q, key=lambda p: p["ratio"])) for n, ps in curves.items() for q in pairwise(ps) if "ratio" in q[0]]
     text = "{}: {:.2f} of the limit at {:,}, {:.2f} at {:,}"
     steep = [text.format(n, p["ratio"], p["x"], q["ratio"], q["x"]) for n, p, q in pairs if p["ratio"] < (1 - CLIFF) * q["ratio"]]
-    report = {"conditions": conditions, "curves": curves, "1e8 rows / 1e6 rows": slowdown, "cliffs": steep}
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps(report, indent=1) + "\n")
-    a.out.with_suffix(".md").write_text(markdown(report))
-    print(markdown(report))
+    report = {"curves": curves, "1e8 rows / 1e6 rows": slowdown, "cliffs": steep}
+    cpu = torch.backends.cpu.get_cpu_capability()
+    record.write(a.out.parent, a.out.stem, report, markdown, cpu=cpu, float32=fastest_fp32(), rounds=a.rounds)
     draw(curves, a.out.parent / "plots")
 
 

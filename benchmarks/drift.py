@@ -23,12 +23,12 @@ import numpy as np
 import torch
 
 from benchmarks.intervals import difference, interval
+from benchmarks.record import Record
 from distmtl.config_file import load_config
 from distmtl.data.drift import TASKS, DriftWorld, write_partitions
 from distmtl.evaluation import evaluate
 from distmtl.following import Until, follow
 from distmtl.loop import train
-from distmtl.versions import git_commit, versions
 
 WAYS = ("followed", "frozen", "anew")
 FIGURES = {"auc": "AUC", "logloss": "log loss", "calibration": "Σp/Σy"}
@@ -131,7 +131,7 @@ def markdown(report: dict[str, Any]) -> str:
         tasks = better(report["tasks"], than)
         on = "every task" if len(tasks) == len(TASKS) else ", ".join(tasks) or "no task"
         lines.append(f"Followed beats {than}, in AUC and log loss beyond both intervals, on {on}.")
-    return "\n".join([*lines, "", ", ".join(f"{k} {v}" for k, v in report["conditions"].items()), ""])
+    return "\n".join(lines)
 
 
 def draw(report: dict[str, Any], folder: Path) -> None:
@@ -167,18 +167,14 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    began, seeds = time.time(), []
+    record, seeds = Record(), []
     for seed in range(1, a.seeds + 1):
         with TemporaryDirectory() as folder:
             seeds.append(study(Path(folder), seed, a.days, a.frozen_after, a.rows_per_day))
-        print(f"seed {seed}: done after {time.time() - began:.0f} s", flush=True)
+        print(f"seed {seed}: done after {time.time() - record.began:.0f} s", flush=True)
     report = summary(seeds, a.days, a.frozen_after, a.rows_per_day)
-    report["conditions"] = {"minutes": round((time.time() - began) / 60, 1), "git": git_commit(), **versions()}
-    a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "drift.json").write_text(json.dumps(report, indent=1) + "\n")
-    (a.out / "drift.md").write_text(markdown(report))
+    record.write(a.out, "drift", report, markdown)
     draw(report, a.out / "plots")
-    print(markdown(report))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distmtl.versions import git_commit, versions
+from benchmarks.record import Record
 
 DIM = 16
 FORMATS = ("fp32", "int8")
@@ -99,18 +99,13 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--gb", type=float, nargs="+", default=[0.25, 1.0, 4.0])
     p.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    a, load, results = p.parse_args(), round(os.getloadavg()[0], 1), []
+    a, record, results = p.parse_args(), Record(), []
     for gb in a.gb:
         with TemporaryDirectory() as name:
             results += measure(gb, Path(name))
-    when = time.strftime("%Y-%m-%d", time.gmtime())
-    report = {"export": results, "conditions": {"when": when, "load at the start": load, "git": git_commit(), **versions()}}
     lines = ["# distmtl export against the size of a table", "", f"| {' | '.join(results[0])} |", "|---:" * len(results[0]) + "|"]
     lines += [f"| {' | '.join(v if isinstance(v, str) else f'{v:,.2f}' for v in row.values())} |" for row in results]
-    lines += ["", ", ".join(f"{k} {v}" for k, v in report["conditions"].items()), ""]  # type: ignore[attr-defined]
-    (a.out / "export.json").write_text(json.dumps(report, indent=1) + "\n")
-    (a.out / "export.md").write_text(text := "\n".join(lines))
-    print(text)
+    record.write(a.out, "export", {"export": results}, lambda report: "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,10 @@ import torch
 
 from benchmarks.gemms import DTYPES, Gemms, cpu_seconds, head_step, watched
 from benchmarks.limit import keep_memory
+from benchmarks.record import Record
 from distmtl.config import Config
 from distmtl.config_file import load_config, parse_config
 from distmtl.distributed.matmul import fastest_fp32
-from distmtl.versions import git_commit, versions
 
 HEADS: dict[str, dict[str, Any]] = {  # what they need beside their defaults
     "shared_bottom": {},
@@ -96,8 +94,7 @@ def markdown(report: dict[str, Any]) -> str:
         )
     below = [kind for kind, head in report["heads"].items() if head["ratio"] < TARGET]
     lines += ["", f"below {TARGET:.0%} of the limit: {', '.join(below) or 'none'}", ""]
-    conditions = ", ".join(f"{k} {v}" for k, v in report["conditions"].items() if k != "versions")
-    return "\n".join([*lines, f"{conditions}; {', '.join(f'{k} {v}' for k, v in report['conditions']['versions'].items())}", ""])
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -110,28 +107,10 @@ def main() -> None:
     a = p.parse_args()
     keep_memory()
     torch.set_num_threads(1)
-    began, load = time.time(), os.getloadavg()[0]
-    float32, config = fastest_fp32(), load_config(a.config, a.overrides)
+    record, float32, config = Record(), fastest_fp32(), load_config(a.config, a.overrides)
     heads = measure(config, a.only, a.rounds)
-    report = {
-        "conditions": {
-            "when": time.strftime("%Y-%m-%d", time.gmtime(began)),
-            "minutes": round((time.time() - began) / 60, 1),
-            "load at the start": round(load, 1),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "float32": float32,
-            "precision": config.train.precision,
-            "rows": config.train.global_batch_size,
-            "rounds": a.rounds,
-            "versions": versions(),
-            "git": git_commit(),
-        },
-        "heads": heads,
-    }
-    a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "heads.json").write_text(json.dumps(report, indent=1) + "\n")
-    (a.out / "heads.md").write_text(markdown(report))
-    print(markdown(report))
+    own = {"float32": float32, "precision": config.train.precision, "rows": config.train.global_batch_size, "rounds": a.rounds}
+    record.write(a.out, "heads", {"heads": heads}, markdown, cpu=torch.backends.cpu.get_cpu_capability(), **own)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections import deque
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distmtl.versions import git_commit, versions  # and no torch: `distmtl synth` does without, in a process that imports this
+from benchmarks.record import Record
 
 TABLES, DIM, STEPS, TASKS = 4, 16, 100, ("click", "buy")
 SIZES = (250_000, 1_000_000, 4_000_000, 16_000_000)  # rows of all tables
@@ -162,17 +161,12 @@ def prepare(folder: Path) -> list[Row]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    out, began, load = p.parse_args().out, time.time(), round(os.getloadavg()[0], 1)
+    out, record = p.parse_args().out, Record()
     with TemporaryDirectory() as name:
         report: dict[str, Any] = {"training": training(Path(name)), "flat": flat(Path(name)), "prepare": prepare(Path(name))}
     constants = [row["constant"] for row in report["training"]]
     report["farthest of the constants from their median"] = max(abs(c - statistics.median(constants)) for c in constants)
-    when, minutes = time.strftime("%Y-%m-%d", time.gmtime(began)), round((time.time() - began) / 60, 1)
-    report["conditions"] = {"when": when, "minutes": minutes, "load at the start": load, "git": git_commit(), **versions()}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "memory.md").write_text(text := markdown(report))
-    print(text)
+    record.write(out, "memory", report, markdown)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -181,7 +175,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [f"| {' | '.join(rows[0])} |", "|---" + "|---:" * (len(rows[0]) - 1) + "|"]
         lines += [f"| {' | '.join(v if isinstance(v, str) else f'{v:,.0f}' for v in row.values())} |" for row in rows] + [""]
     lines += [f"{k}: {v:,.1f}" for k, v in report.items() if isinstance(v, float)]
-    return "\n".join([*lines, "", ", ".join(f"{k} {v}" for k, v in report["conditions"].items()), ""])
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ Rows per CPU second, medians of rounds in turn. Writes predict.json and predict.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -26,9 +24,9 @@ import pyarrow as pa
 import torch
 
 from benchmarks.limit import keep_memory
+from benchmarks.record import Record
 from distmtl.distributed.process import quieten
 from distmtl.serving.batch import BLOCK_ROWS, Scorer, open_job
-from distmtl.versions import git_commit, versions
 
 
 def measure(export: str, data: str, rounds: int) -> dict[str, Any]:
@@ -72,7 +70,6 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [f"Batch scoring on one thread, {report['rows']:,} rows.", "", "| work | rows per CPU second |", "|---|---:|"]
     lines += [f"| {name} | {speed[name]:,.0f} |" for name in ("decode", "model", "limit", "predict")]
     lines += ["", *(f"- {name}: {value:.2f}" for name, value in report["ratios"].items())]
-    lines += ["", ", ".join(f"{k} {v}" for k, v in report["conditions"].items())]
     return "\n".join(lines) + "\n"
 
 
@@ -86,12 +83,9 @@ def main() -> None:
     a = p.parse_args()
     quieten()
     torch.set_num_threads(1)
-    load, when = round(os.getloadavg()[0], 1), time.strftime("%Y-%m-%d")
+    record = Record()
     report = measure(a.export, a.data, a.rounds)
-    report["conditions"] = {"when": when, "rounds": a.rounds, "load at the start": load, "git": git_commit(), **versions()}
-    (a.out / "predict.json").write_text(json.dumps(report, indent=1) + "\n")
-    (a.out / "predict.md").write_text(markdown(report))
-    print(markdown(report))
+    record.write(a.out, "predict", report, markdown, rounds=a.rounds)
 
 
 if __name__ == "__main__":

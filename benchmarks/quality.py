@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,11 +25,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import Record
 from distmtl.config_file import parse_config
 from distmtl.data.synthetic import World, write_log
 from distmtl.evaluation import evaluate
 from distmtl.loop import train
-from distmtl.versions import git_commit, versions
 
 DOMAINS, RARE, KEPT = 3, 5, 0.1
 EXPERTS = {"kind": "mmoe", "num_experts": 4, "expert": [128, 64]}
@@ -147,7 +146,7 @@ def markdown(report: dict[str, Any]) -> str:
             cells = [f"{values[f]['mean']:.4f} ± {values[f]['error']:.4f}" for f in figures]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
-    return "\n".join([*lines, ", ".join(f"{k} {v}" for k, v in report["conditions"].items()), ""])
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -162,8 +161,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    began, file = time.time(), a.out / "quality.json"
-    report = json.loads(file.read_text()) if file.exists() else {"studies": {}}
+    record, file = Record(), a.out / "quality.json"
+    report = {"studies": json.loads(file.read_text())["studies"] if file.exists() else {}}
     for name in a.studies or STUDIES:
         study, rows = STUDIES[name]
         rows = a.rows or rows
@@ -174,11 +173,7 @@ def main() -> None:
                     results.setdefault(case, []).append(figures)
                     print(f"{name}, seed {seed}: {case:30}", "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
         report["studies"][name] = {"rows": rows, "seeds": a.seeds, "results": {case: summary(runs) for case, runs in results.items()}}
-    report["conditions"] = {"minutes": round((time.time() - began) / 60, 1), "git": git_commit(), **versions()}
-    a.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
-    (a.out / "quality.md").write_text(markdown(report))
-    print(markdown(report))
+    record.write(a.out, "quality", report, markdown)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ import numpy as np
 import psutil
 
 from benchmarks.limit import keep_memory
+from benchmarks.record import Record
 from benchmarks.servers import REPLICA, Client, Server, bodies, server
 from distmtl import Predictor
 from distmtl.data.dataset import open_dataset
 from distmtl.exporting.publishing import publish, published
 from distmtl.run_directory import checkpoint_config, find_checkpoint
 from distmtl.serving.comparison import first_rows
-from distmtl.versions import git_commit, versions
 
 N = 64
 AFTER_KILL_S = 20.0  # a failure later than that has another cause
@@ -168,21 +168,17 @@ def main() -> None:
     p.add_argument("--clients", type=int, default=4)
     p.add_argument("--replicas", type=int, default=2)
     p.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    a, load = p.parse_args(), round(os.getloadavg()[0], 1)
+    a, record = p.parse_args(), Record()
     keep_memory()
     with TemporaryDirectory() as name:
         result = run(a.run, a, Path(name) / "published")
-    when = time.strftime("%Y-%m-%d", time.gmtime())
-    conditions = {"when": when, "load at the start": load, "clients": a.clients, "replicas": a.replicas, "git": git_commit(), **versions()}
     numbers = {k: v for k, v in result.items() if not isinstance(v, list)}
     lines = ["# Serving under load, with reloads and a killed replica", "", "| | |", "|---|---:|"]
     lines += [f"| {k} | {v:,.4g} |" if isinstance(v, float) else f"| {k} | {v:,} |" for k, v in numbers.items()]
     lines += ["", "| replica | first MB | last MB | most MB | MB/minute | minutes |", "|---:|---:|---:|---:|---:|---:|"]
     lines += [f"| {i} | {' | '.join(f'{v:,.1f}' for k, v in m.items() if k != 'pid')} |" for i, m in enumerate(result["memory"])]
-    lines += ["", *[f"- {failure}" for failure in result["failures"]], "", ", ".join(f"{k} {v}" for k, v in conditions.items()), ""]
-    (a.out / "serve_load.json").write_text(json.dumps({"serve_load": result, "conditions": conditions}, indent=1) + "\n")
-    (a.out / "serve_load.md").write_text(text := "\n".join(lines))
-    print(text)
+    lines += ["", *[f"- {failure}" for failure in result["failures"]]]
+    record.write(a.out, "serve_load", {"serve_load": result}, lambda report: "\n".join(lines), clients=a.clients, replicas=a.replicas)
     sys.exit(bool(result["failed otherwise"] or result["torn"] or result["failed around the kill"] > a.clients))
 
 

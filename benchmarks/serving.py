@@ -15,7 +15,6 @@ Rounds are interleaved, other rows in each; medians of CPU seconds, since other 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import threading
 import time
@@ -32,6 +31,7 @@ from torch import nn
 
 from benchmarks.gemms import cpu_seconds
 from benchmarks.limit import keep_memory
+from benchmarks.record import Record
 from benchmarks.servers import PROXY, REPLICA, Client, bodies, server
 from distmtl import Predictor, checkpoint, export
 from distmtl.config import Config
@@ -43,7 +43,6 @@ from distmtl.distributed.process import quieten
 from distmtl.model.multitask import MultiTaskModel
 from distmtl.run_directory import checkpoint_config, find_checkpoint
 from distmtl.serving.comparison import first_rows
-from distmtl.versions import git_commit, versions
 
 FORMATS = ("fp32", "int8")
 CANDIDATES = (1, 64, 512)
@@ -161,7 +160,7 @@ def main() -> None:
     p.add_argument("runs", nargs="+")
     p.add_argument("--rounds", type=int, default=60)
     p.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    a, load, results = p.parse_args(), round(os.getloadavg()[0], 1), []
+    a, record, results = p.parse_args(), Record(), []
     keep_memory()
     quieten()
     torch.set_num_threads(1)
@@ -169,16 +168,12 @@ def main() -> None:
     for run in a.runs:
         with TemporaryDirectory() as name:
             results += measure(run, a.rounds, Path(name))
-    when = time.strftime("%Y-%m-%d", time.gmtime())
-    conditions = {"when": when, "load at the start": load, "products": product, "git": git_commit(), **versions()}
     lines = ["# Serving on one core, beside the bare model", "", f"| {' | '.join(results[0])} |", "|---:" * len(results[0]) + "|"]
     lines += [
         f"| {' | '.join(v if isinstance(v, str) else f'{v:,.4g}' if v < 1000 else f'{v:,.0f}' for v in r.values())} |" for r in results
     ]
-    lines += ["", __doc__.split("\n\n")[2], "", ", ".join(f"{k} {v}" for k, v in conditions.items()), ""]
-    (a.out / "serving.json").write_text(json.dumps({"serving": results, "conditions": conditions}, indent=1) + "\n")
-    (a.out / "serving.md").write_text(text := "\n".join(lines))
-    print(text)
+    lines += ["", __doc__.split("\n\n")[2]]
+    record.write(a.out, "serving", {"serving": results}, lambda report: "\n".join(lines), products=product)
 
 
 if __name__ == "__main__":

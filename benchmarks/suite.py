@@ -29,6 +29,7 @@ import torch.multiprocessing as mp
 from benchmarks.gemms import DTYPES, cpu_seconds
 from benchmarks.limit import Limit, keep_memory, reader_of, real_batches
 from benchmarks.loops import InMemory, PyTorch, TorchRec
+from benchmarks.record import Record
 from distmtl.batch import Batch
 from distmtl.cluster.trainer import KEEP_MEMORY
 from distmtl.config import Config
@@ -37,7 +38,6 @@ from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import process_group
 from distmtl.loop import Training, open_splits
 from distmtl.progress import Progress
-from distmtl.versions import git_commit, versions
 
 STEPS = 6  # of a loop in one round
 Ratios = dict[str, list[float]]
@@ -206,7 +206,7 @@ def main() -> None:
     a = p.parse_args()
     keep_memory()
     torch.set_num_threads(1)
-    began, load = time.time(), os.getloadavg()[0]
+    record = Record()
     configs = {precision: load_config(a.config, [f"train.precision={precision}"]) for precision in DTYPES}
     config, ratios = configs["fp32"], Ratios()
     for own in configs.values():
@@ -238,16 +238,6 @@ def main() -> None:
         ratios[f"{name}, {line['rows']:,} rows in memory"] = [line["samples_per_cpu_second"] / limits["fp32"]]
     medians = {name: round(statistics.median(r), 3) for name, r in ratios.items()}
     report = {
-        "conditions": {
-            "when": time.strftime("%Y-%m-%d", time.gmtime(began)),
-            "minutes": round((time.time() - began) / 60, 1),
-            "load at the start": round(load, 1),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "float32": fastest_fp32(),
-            "rounds": a.rounds,
-            "versions": versions(),
-            "git": git_commit(),
-        },
         "limit, samples per CPU second": {name: round(limit.speed(name)) for name in limit.work}
         | {f"limit {p}": round(v) for p, v in limits.items()},
         "ratio to the limit, median": medians,
@@ -256,11 +246,8 @@ def main() -> None:
         "validation AUC": auc,
         "peers": others,
     }
-    a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "suite.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = markdown(report)
-    (a.out / "suite.md").write_text(text)
-    print(text)
+    cpu = torch.backends.cpu.get_cpu_capability()
+    record.write(a.out, "suite", report, markdown, cpu=cpu, float32=fastest_fp32(), rounds=a.rounds)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -276,8 +263,7 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|---:|---:|",
     ]
     lines += [f"| {name} | " + " | ".join(f"{a:.4f}" for a in aucs.values()) + " |" for name, aucs in report["validation AUC"].items()]
-    conditions = ", ".join(f"{k} {v}" for k, v in report["conditions"].items() if k != "versions")
-    return "\n".join([*lines, "", f"{conditions}; {', '.join(f'{k} {v}' for k, v in report['conditions']['versions'].items())}", ""])
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,7 @@ every train.log_every steps, for the log: a log_every-th of what that costs is t
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,12 +19,12 @@ import torch
 
 from benchmarks.gemms import cpu_seconds
 from benchmarks.limit import keep_memory, real_batches
+from benchmarks.record import Record
 from benchmarks.suite import STEPS, Distmtl
 from distmtl.config import Config, WeightingConfig
 from distmtl.config_file import load_config, parse_config
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import process_group
-from distmtl.versions import git_commit, versions
 
 KINDS = {kind: c for c in get_args(get_args(WeightingConfig)[0]) for kind in get_args(c.model_fields["kind"].annotation)}
 READING = [kind for kind, method in KINDS.items() if method.reads_gradients]
@@ -78,8 +75,7 @@ def markdown(report: dict[str, Any]) -> str:
     static = [f"{statistics.median(m['static ms'] for m in case.values()):.1f} ms" for case in every.values()]
     above = [f"{name} ({case})" for case, found in every.items() for name in READING if found[name]["ratio"] > TARGET]
     lines += [f"| static | {' | '.join(static)} |", "", f"above {TARGET}: {', '.join(above) or 'none'}", ""]
-    conditions = ", ".join(f"{k} {v}" for k, v in report["conditions"].items() if k != "versions")
-    return "\n".join([*lines, f"{conditions}; {', '.join(f'{k} {v}' for k, v in report['conditions']['versions'].items())}", ""])
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -91,32 +87,14 @@ def main() -> None:
     a = p.parse_args()
     keep_memory()
     torch.set_num_threads(1)
-    began, load = time.time(), os.getloadavg()[0]
-    float32, cases = fastest_fp32(), {}
+    record, float32, cases = Record(), fastest_fp32(), {}
     for precision in ("fp32", "bf16"):
         config = load_config(a.config, [*a.overrides, f"train.precision={precision}"])
         for own in (config, twice(config)):
             cases[f"{len(own.tasks)} tasks, {precision}"] = measure(own, a.rounds)
-    report = {
-        "conditions": {
-            "when": time.strftime("%Y-%m-%d", time.gmtime(began)),
-            "minutes": round((time.time() - began) / 60, 1),
-            "load at the start": round(load, 1),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "float32": float32,
-            "model": config.model.kind,
-            "rows": config.train.global_batch_size,
-            "log_every": config.train.log_every,
-            "rounds": a.rounds,
-            "versions": versions(),
-            "git": git_commit(),
-        },
-        "cases": cases,
-    }
-    a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "weighting.json").write_text(json.dumps(report, indent=1) + "\n")
-    (a.out / "weighting.md").write_text(markdown(report))
-    print(markdown(report))
+    own = {"float32": float32, "model": config.model.kind, "rows": config.train.global_batch_size, "rounds": a.rounds}
+    own |= {"log_every": config.train.log_every, "cpu": torch.backends.cpu.get_cpu_capability()}
+    record.write(a.out, "weighting", {"cases": cases}, markdown, **own)
 
 
 if __name__ == "__main__":
