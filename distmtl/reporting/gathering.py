@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from distmtl.config import Config
+from distmtl.config_file import flat
 from distmtl.errors import DistmtlError
-from distmtl.health_page import History, counted, history_of, read_log
-from distmtl.run_directory import PARTITIONS, config_of, flat
+from distmtl.health_page import History, history_of
+from distmtl.run_directory import PARTITIONS, config_of
 from distmtl.storage import place
+from distmtl.tracking.log import counted, read_log
+from distmtl.tracking.records import Record
 
-Record = dict[str, Any]
-SAID = ("start", "note", "end")  # kinds of records that tell what happened
+SAID = ("start", "note", "failed", "end")  # kinds of records that tell what happened
 
 
 @dataclass(frozen=True)
