@@ -286,6 +286,7 @@ class Training:
             and result.get("calibration", {}) == self._calibrations_asked()
         ):
             self.progress.say("note", step=self.state.step, text="this run is complete: its result is in result.json")
+            self.progress.say("end", step=self.state.step, result=result)
             return result
         return None
 

@@ -88,11 +88,11 @@ def describe(record: Record) -> str | None:
         case "train":
             losses = "  ".join(f"{task} {loss:.4f}" for task, loss in r["losses"].items())
             return (
-                f"step {r['step']:>6}/{r['of']}  epoch {r['epoch']}  {_si(r['rows'])} rows  {r['samples_per_second']:>9,.0f} samples/s"
+                f"step {r['step']:>6}/{r['of']}  epoch {r['epoch']}  {si(r['rows'])} rows  {r['samples_per_second']:>9,.0f} samples/s"
                 f"  loss {r['loss']:.4f}  {losses}  ETA {duration(r['eta_s'])}"
             )
         case "evaluation":
-            tasks = "  ".join(f"{task} {_headline(m)}" for task, m in r["metrics"].items())
+            tasks = "  ".join(f"{task} {headline(m)}" for task, m in r["metrics"].items())
             best = "  (best so far)" if r.get("best") else ""
             return f"step {r['step']:>6}/{r['of']}  {r['split']}  loss {r['loss']:.4f}  {tasks}{best}"
         case "note" | "failed":
@@ -106,12 +106,12 @@ def print_record(record: Record) -> None:
         print(line, flush=True)
 
 
-def _headline(metrics: Record) -> str:
+def headline(metrics: Record) -> str:
     shown = [(k, metrics[k]) for k in ("auc", "logloss", "rmse") if metrics.get(k) is not None]
     return " ".join(f"{k.upper() if k != 'logloss' else k} {v:.4f}" for k, v in shown) or "(nothing known)"
 
 
-def _si(number: float) -> str:
+def si(number: float) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"

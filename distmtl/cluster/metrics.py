@@ -63,6 +63,7 @@ class TrainingMetrics:
         self.rows = Counter(ROWS, "Rows trained, those too that a failure undid", tag_keys=LABELS[ROWS])
         self.counted = 0
         self.values: dict[tuple[str, ...], float] = {}  # metric and its labels → what it was last set to
+        self.lock = threading.Lock()  # else a figure could be set back to the one before
         self.done = threading.Event()
 
     def __enter__(self) -> TrainingMetrics:
@@ -73,6 +74,10 @@ class TrainingMetrics:
         self.done.set()
 
     def take(self, record: Record) -> None:
+        with self.lock:
+            self._take(record)
+
+    def _take(self, record: Record) -> None:
         for key, name in OF_RUN.get(record["kind"], {}).items():
             self._set(record[key], name)
         match record["kind"]:
@@ -105,5 +110,6 @@ class TrainingMetrics:
 
     def _refresh(self) -> None:
         while not self.done.wait(REFRESH_S):
-            for metric, value in list(self.values.items()):
-                self._export(value, *metric)
+            with self.lock:
+                for metric, value in self.values.items():
+                    self._export(value, *metric)

@@ -41,7 +41,13 @@ def report(
     return str(file)
 
 
-NOT_ASKED = "left out with --no-model"
+def page_in_progress(run: Run, refresh_s: float | None) -> str:
+    """The report of a run as it stands, without what asks the checkpoint; the reader's browser asks again every `refresh_s` seconds."""
+    examined: Examined = {run.name: NOT_ASKED}
+    return page(title_of([run]), intro([run], examined), sections([run], examined), refresh_s)
+
+
+NOT_ASKED = "left out: the checkpoint was not asked"
 
 
 def _examined(run: Run, rows: int, slices: Sequence[str], say: Callable[[str], None]) -> Examination | str:

@@ -25,7 +25,7 @@ class Board:
             return
         try:
             for name, value in scalars(record):
-                self.writer.add_scalar(name, value, record.get("step", 0))
+                self.writer.add_scalar(name, value, record["step"])
         except Exception:  # its writer is a thread that ended with its first error
             self.writer = None
             raise

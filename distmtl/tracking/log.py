@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class LogReader:
             return []
         with self.log.open("rb") as file:
             file.seek(self.position)
-            lines = [line for line in file.readlines(most) if line.endswith(b"\n")]
+            lines = list(takewhile(lambda line: line.endswith(b"\n"), file.readlines(most)))  # it may have grown after a half line
         self.position += sum(map(len, lines))
         return [json.loads(line) for line in lines]
 

@@ -60,7 +60,7 @@ class MLflowRun:
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(re.sub(r"[^\w\-. :/]", "_", name), value, int(1000 * r["time"]), r.get("step", 0))
+            Metric(re.sub(r"[^\w\-. :/]", "_", name), value, int(1000 * r["time"]), r["step"])
             for r in records
             for name, value in scalars(r)
         ]

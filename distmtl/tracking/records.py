@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 Record = dict[str, Any]
+MEASURED = ("train", "evaluation", "checkpoint")  # kinds that have figures over steps; a later attempt says those anew that a failure undid
 
 
 class Sink(Protocol):
@@ -23,7 +24,9 @@ def series(record: Record) -> str:
 
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
     """Name → value of its figures, alike in TensorBoard and every tracker: train/losses/click, evaluation/test/metrics/click/auc."""
-    yield from _scalars({k: v for k, v in record.items() if k not in ("step", "time")}, f"{series(record)}/")
+    if record["kind"] in MEASURED:
+        figures = {k: v for k, v in record.items() if k not in ("step", "time")}
+        yield from _scalars(figures, f"{series(record)}/")
 
 
 def _scalars(values: Record, prefix: str) -> Iterator[tuple[str, float]]:

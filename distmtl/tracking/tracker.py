@@ -16,13 +16,12 @@ from typing import Literal, Protocol
 
 from distmtl.storage import write_whole
 from distmtl.tracking.log import LogReader
-from distmtl.tracking.records import Record, series
+from distmtl.tracking.records import MEASURED, Record, series
 
 PACE_S = 1.0  # between two requests
 RETRY_S = 20.0  # until a service that did not answer is asked again
 CLOSE_S = 30.0  # that the end of a run waits for the last records to be sent
 CHUNK = 1 << 20  # bytes of the log that are sent at once
-REPEATED = ("train", "evaluation", "checkpoint")  # kinds of records that a later attempt says anew where a failure undid them
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -61,13 +60,13 @@ class Sent:
         """Those that it does not have yet. Of a step that a failure undid, the first value stays: nothing can be taken back there."""
         out = []
         for r in records:
+            self.status = status_after(r, self.status)
             if r["kind"] == "start":
                 self.before = dict(self.newest)
-            if r["kind"] in REPEATED:
+            if r["kind"] in MEASURED:
                 if r["step"] <= self.before.get(series(r), -1):
                     continue
                 self.newest[series(r)] = max(r["step"], self.newest.get(series(r), 0))
-            self.status = status_after(r, self.status)
             out.append(r)
         return out
 

@@ -54,7 +54,7 @@ class WandbRun:
     def send(self, records: list[Record], status: Status) -> None:
         for r in records:
             if figures := dict(scalars(r)):
-                self.run.log({"step": r.get("step", 0), **figures})
+                self.run.log({"step": r["step"], **figures})
             if r["kind"] == "end":
                 self._keep(json.dumps(r["result"], indent=1) + "\n")
 
