@@ -308,7 +308,9 @@ def _said(event: dict[str, Any]) -> str:
     if event["kind"] == "end":
         return f"{where}end: {'stopped' if event['result'].get('stopped') else 'complete'}"
     lines = event["text"].splitlines()
-    return where + ("start: " + "; ".join(lines[:2]) if event["kind"] == "start" else "\n".join(lines))
+    if event["kind"] == "start":
+        return f"{where}start: {'; '.join(lines[:2])}"
+    return where + ("failed: " if event["kind"] == "failed" else "") + "\n".join(lines)
 
 
 def plan(runs: Sequence[Run]) -> Section:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from worlds import train_world
+from worlds import run_world, train_world
 
 from distmtl.__main__ import main
 from distmtl.config_file import dump_config
@@ -23,7 +24,7 @@ from distmtl.tracking.log import LOG, LogReader
 from distmtl.tracking.records import scalars
 from distmtl.tracking.tracker import Sent, Tracker
 
-TRAIN = {"global_batch_size": 128, "log_every": 5, "eval_every": 10}
+TRAIN = {"global_batch_size": 128, "epochs": 2, "log_every": 5, "eval_every": 10}
 KINDS = ("train", "evaluation", "checkpoint")
 
 
@@ -111,6 +112,34 @@ def test_mlflow_holds_the_log_and_one_run_of_two_attempts(tiny_data, tmp_path, m
     train_world(config(tiny_data, run, steps=30, mlflow={"uri": uri, "experiment": "other"}), 1)
     (late,) = client.search_runs([client.get_experiment_by_name("other").experiment_id])
     assert in_mlflow(uri, late.info.run_id) == figures(log(run)), "tracking that is asked for later is sent the whole log"
+
+
+def test_a_killed_attempt_leaves_no_step_twice_and_none_out(tiny_data, tmp_path, monkeypatch):
+    """Killed at step 25: the next attempt goes on from 20. What the first had not sent is sent; of step 25, which both made, the first
+    value stays."""
+    pytest.importorskip("mlflow", reason="the extra distmtl[mlflow] is not installed")
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    run, uri = tmp_path / "run", f"file://{tmp_path}/mlruns"
+    tracked = config(tiny_data, run, steps=40, mlflow={"uri": uri})
+    with pytest.raises(RuntimeError, match="died"):
+        run_world(train_until, 1, tracked, 25)
+    train_world(tracked, 1)
+    (found,) = (client := MlflowClient(uri)).search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    lines = log(run)
+    starts = [r["step"] for r in lines if r["kind"] == "start"]
+    assert starts in ([0, 20], [0, 10]), "whether the checkpoint of step 20 was complete is a matter of time"
+    first: dict[tuple, float] = {}
+    for r in (r for r in lines if r["kind"] in KINDS):
+        for name, value in scalars(r):
+            first.setdefault((name, r["step"]), value)
+    assert in_mlflow(uri, found.info.run_id) == Counter({(n, step, v): 1 for (n, step), v in first.items()})
+    assert sum(r["kind"] == "train" and r["step"] == 25 for r in lines) == 2
+
+
+def train_until(tracked, step: int) -> None:
+    train(tracked, report=lambda record: record["kind"] == "train" and record["step"] == step and os._exit(9))
 
 
 def text_of(client, run, name: str) -> str:
