@@ -176,7 +176,7 @@ def test_a_page_that_loads_itself_again(written, monkeypatch):
         time.sleep(0.02)
     address = said[0].split()[0]
     html = urllib.request.urlopen(address, timeout=5).read().decode()
-    assert 'http-equiv="refresh"' in html and Page(html).columns("losses")["step"] == ["5"]
+    assert 'http-equiv="refresh"' in html and "step 5 of 40" in html and Page(html).columns("losses")["step"] == ["5"]
     assert "127.0.0.1" in address
     with pytest.raises(urllib.error.HTTPError):
         urllib.request.urlopen(address + "etc/passwd", timeout=5)

@@ -41,10 +41,15 @@ def report(
     return str(file)
 
 
-def page_in_progress(run: Run, refresh_s: float | None) -> str:
-    """The report of a run as it stands, without what asks the checkpoint; the reader's browser asks again every `refresh_s` seconds."""
+def page_in_progress(run: Run, standing: Sequence[str], refresh_s: float | None) -> str:
+    """The report of a run without what asks the checkpoint.
+
+    Args:
+        standing: lines that say how it stands.
+        refresh_s: after which the reader's browser asks again.
+    """
     examined: Examined = {run.name: NOT_ASKED}
-    return page(title_of([run]), intro([run], examined), sections([run], examined), refresh_s)
+    return page(title_of([run]), [*standing, *intro([run], examined)], sections([run], examined), refresh_s)
 
 
 NOT_ASKED = "left out: the checkpoint was not asked"

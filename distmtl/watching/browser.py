@@ -14,6 +14,7 @@ from distmtl.errors import DistmtlError
 from distmtl.reporting.gathering import RunLog, names_of, run_of
 from distmtl.reporting.report import page_in_progress
 from distmtl.watching.outcome import outcome
+from distmtl.watching.page import standing
 from distmtl.watching.terminal import EVERY_S
 
 REDRAW_S = 15.0  # at most this often, and only when there is something new; a page asks this often
@@ -30,7 +31,11 @@ def browse(path: str, port: int, say: Callable[[str], None] = print, redraw_s: f
     """
     log, name = RunLog(path), names_of([path])[0]
     end = outcome(log)
-    pages = Pages(page_in_progress(run_of(log, name), None if end else redraw_s))
+
+    def draw() -> str:
+        return page_in_progress(run_of(log, name), standing(log), None if end else redraw_s)
+
+    pages = Pages(draw())
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), pages.handler())
     except (OSError, OverflowError) as e:
@@ -44,7 +49,7 @@ def browse(path: str, port: int, say: Callable[[str], None] = print, redraw_s: f
             new = bool(log.refresh()) or new
             end = outcome(log)
             if end or (new and time.monotonic() - drawn >= redraw_s):
-                pages.show(page_in_progress(run_of(log, name), None if end else redraw_s))
+                pages.show(draw())
                 drawn, new = time.monotonic(), False
         say(f"{path}: {end}; the last page stays until it is fetched, or for {2 * redraw_s:g} s")
         pages.fetched.wait(2 * redraw_s)
