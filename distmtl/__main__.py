@@ -22,6 +22,7 @@ from distmtl.commands import (
     synth,
     train,
     verify,
+    watch,
 )  # fmt: skip
 from distmtl.errors import DistmtlError
 
@@ -32,6 +33,7 @@ COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "health": health,
+    "watch": watch,
     "report": report,
     "leaderboard": leaderboard,
     "export": export,

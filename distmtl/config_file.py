@@ -96,6 +96,20 @@ def dump_config(config: Config) -> str:
     return yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → plain value; elements of a list go by their name where they have one."""
+    if isinstance(tree, dict):
+        items = list(tree.items())
+    elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        items = [(v.get("name", str(i)), v) for i, v in enumerate(tree)]
+        items.append(("(order)", [name for name, _ in items]))  # dense weights go by position
+    else:
+        return {prefix: tree}
+    if not items:
+        return {prefix: tree}
+    return {k: v for name, value in items for k, v in flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}
+
+
 def parse_yaml(text: str) -> Any:
     """YAML as it is meant: a key given twice is an error, and 1e-3 is a number.
 

@@ -35,6 +35,7 @@ from distmtl.progress import Report, print_record
 from distmtl.run_directory import PARTITIONS, ResumePolicy, write_json
 from distmtl.stopping import Request, ask, asked, forget
 from distmtl.storage import absolute, place, remove_tree, write_whole
+from distmtl.tracking.trackers import require_trackers
 
 SEAL = "_SUCCESS"  # in a partition that is complete, as Spark and Hadoop write it
 IN_CHAIN = re.compile(r"\d{6,}-(.+)")  # a folder in RUN/partitions
@@ -145,6 +146,7 @@ class Follower:
 
     def __init__(self, config: Config, source: str, until: Until, resume: str, report: Report, publish: Publish | None):
         refuse_ends(config)
+        require_trackers(config)
         self.config, self.source, self.until, self.resume = config, absolute(source).rstrip("/"), until, resume
         self.report, self.publish = report, publish
         self.run = place(absolute(config.run_dir))

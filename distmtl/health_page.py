@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from distmtl.errors import DistmtlError
 from distmtl.storage import place
+from distmtl.tracking.log import LOG, counted, read_log
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 COLUMNS, LABELS = 32, 14  # of a line over time, and before it
@@ -44,26 +43,10 @@ def read_history(run_dir: str) -> History:
     Raises:
         DistmtlError: no run there, or it has not logged any health yet.
     """
-    log = place(run_dir) / "metrics.jsonl"
+    log = place(run_dir) / LOG
     if not log.exists():
         raise DistmtlError(f"{run_dir} is no run: it has no metrics.jsonl")
     return history_of(run_dir, counted(read_log(log)))
-
-
-def read_log(log: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl up to now."""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be being written
-
-
-def counted(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without what a failure undid: steps after the one that the next attempt started from."""
-    out: list[dict[str, Any]] = []
-    for record in records:
-        if record["kind"] == "start":
-            out = [r for r in out if r.get("step", 0) <= record["step"]]
-        out.append(record)
-    return out
 
 
 def history_of(run_dir: str, records: Sequence[dict[str, Any]]) -> History:

@@ -41,6 +41,7 @@ from distmtl.run_directory import CALIBRATION, ResumePolicy, changes, is_own, op
 from distmtl.saving import Saver
 from distmtl.stopping import Request, asked, forget, steps_between_looks
 from distmtl.storage import absolute, place, write_whole
+from distmtl.tracking.trackers import require_trackers
 from distmtl.versions import git_commit, versions
 
 SPLITS = ("train", "validation", "test")
@@ -82,10 +83,11 @@ def train(
     Raises:
         DistmtlError: what a retry cannot mend; on every rank.
     """
+    require_trackers(config)
     with process_group(config) as process:
         splits = on_first_rank(process, lambda: open_splits(config, checked))
         found, notes = on_first_rank(process, lambda: open_run(config, resume, splits["train"], policy, continue_from))
-        progress = Progress(place(config.run_dir), process.first, report)
+        progress = Progress(place(config.run_dir), process.first, report, config)
         try:
             run = Training(config, process, splits, progress)
             run.start(found, notes, policy, goes_on=continue_from is not None)
@@ -95,11 +97,12 @@ def train(
                 run.measure_unseen()
             try:
                 run.train()
-            except DistmtlError:  # all ranks raise it, so all can complete the checkpoint on its way
+                result = run.finish()
+            except DistmtlError as e:  # all ranks raise it, so all can complete the checkpoint on its way
+                progress.say("failed", step=run.state.step, text=str(e))
                 with suppress(DistmtlError, RuntimeError):  # the first error is the one to tell
                     run.saver.wait()
                 raise
-            result = run.finish()
             run.saver.close()
             return result
         finally:
@@ -188,7 +191,13 @@ class Training:
             self.progress.say("note", step=self.state.step, text=note)
         workers = gather_texts(self.process, f"rank {self.process.rank}: {socket.gethostname()} pid {os.getpid()}")
         self.progress.say(
-            "start", step=self.state.step, text=self._introduction(found, goes_on), world_size=self.process.world_size, workers=workers
+            "start",
+            step=self.state.step,
+            text=self._introduction(found, goes_on),
+            world_size=self.process.world_size,
+            workers=workers,
+            restarts=self.restarts,
+            rows=self.state.rows,
         )
         self.saver = Saver(
             self.folder / "checkpoints",
@@ -277,6 +286,7 @@ class Training:
             and result.get("calibration", {}) == self._calibrations_asked()
         ):
             self.progress.say("note", step=self.state.step, text="this run is complete: its result is in result.json")
+            self.progress.say("end", step=self.state.step, result=result)
             return result
         return None
 

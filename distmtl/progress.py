@@ -1,138 +1,82 @@
-"""What a run says while it runs: one JSON line a program can read, and one line a person can.
+"""What a run says while it runs: records (tracking/records.py), which rank 0 gives to its sinks; `describe` makes lines for a person.
 
-Rank 0 appends records to <run>/metrics.jsonl and TensorBoard; launchers show them through `describe`. A record has a `kind`:
-start, train, evaluation, checkpoint, note, end.
+<run>/metrics.jsonl and TensorBoard are always written. Trackers (docs/tracking.md) read the former from threads of their own.
 """
 
 from __future__ import annotations
 
-import errno
-import json
-import math
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+from distmtl.config import Config
 from distmtl.storage import is_remote
+from distmtl.tracking.board import Board
+from distmtl.tracking.log import LOG, LogWriter
+from distmtl.tracking.records import Record, Sink, finite
+from distmtl.tracking.store import StoreCopy
+from distmtl.tracking.trackers import FILES, open_trackers
 
-COPY_EVERY_S = 10.0
-
-Record = dict[str, Any]
 Report = Callable[[Record], None]
 
 
 class Progress:
-    """Appends records to a run directory and passes them on; silent on all ranks but the first.
-
-    In an object store nothing can be appended to: there the files grow in a local folder and are copied whole, at most every
-    COPY_EVERY_S seconds and with every record that is not a mere step's.
+    """Gives records to sinks and to `report`; silent on all ranks but the first.
 
     What cannot be written (a full disk, a store that does not answer) is said once and ends no run: if it lasts, the next checkpoint will.
+
+    Args:
+        config: of the run, whose trackers are told; without it none are.
     """
 
-    def __init__(self, folder: Path | None, first: bool, report: Report):
-        self.first, self.report = first, report
+    def __init__(self, folder: Path | None, first: bool, report: Report, config: Config | None = None):
+        self.report = report
         self.log: Path | None = None
         self.broken = False
+        self.unsaid: SimpleQueue[str] = SimpleQueue()  # by trackers, whose threads may not write
         if first and folder:
-            from torch.utils.tensorboard import SummaryWriter  # a second of imports, on rank 0 only
-
-            self.store = folder if is_remote(folder) else None
-            self.folder = Path(tempfile.mkdtemp(prefix="distmtl-")) if self.store else folder
-            self.log, self.copied = self.folder / "metrics.jsonl", 0.0
-            if self.store and (self.store / self.log.name).exists():
-                self.log.write_bytes((self.store / self.log.name).read_bytes())
-            _cut_unfinished_line(self.log)
-            self.file = self.log.open("ab", buffering=0)
-            self.board: Any = None
-            self._try(lambda: setattr(self, "board", SummaryWriter(str(self.folder))))
+            self.place = folder
+            store = StoreCopy(folder, (LOG, *FILES)) if is_remote(folder) else None
+            self.folder = store.folder if store else folder
+            self.log = self.folder / LOG
+            self.trackers: list[Sink] = [*open_trackers(config, self.log, self.unsaid.put)] if config else []
+            self.files: list[Sink] = [LogWriter(self.log), Board(self.folder), *([store] if store else [])]
 
     def say(self, kind: str, **values: Any) -> None:
         if self.log is None:
             return
-        record = _finite({"kind": kind, "time": round(time.time(), 3), **values})
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        self._try(lambda: _append_whole(self.file, line))
-        self._try(lambda: self._draw(kind, values))
-        if self.store and (kind != "train" or time.monotonic() - self.copied > COPY_EVERY_S):
-            self._try(self._copy)
-        self.report(record)
+        self._give(finite({"kind": kind, "time": round(time.time(), 3), **values}))
+        self._say_unsaid()
 
     def close(self) -> None:
         if self.log is not None:
-            self.file.close()
-            self._try(lambda: self.board and self.board.close())
-            if self.store and self._try(self._copy):
-                shutil.rmtree(self.folder, ignore_errors=True)
+            for tracker in self.trackers:
+                tracker.close()
+            self._say_unsaid()
+            for sink in self.files:
+                self._try(sink.close)
 
-    def _draw(self, kind: str, values: Record) -> None:
-        if self.board is None:
-            return
-        try:
-            for name, value in _scalars(values):
-                self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
-        except Exception:  # its writer is a thread that ended with its first error
-            self.board = None
-            raise
+    def _say_unsaid(self) -> None:
+        while not self.unsaid.empty():
+            self._give({"kind": "note", "time": round(time.time(), 3), "text": self.unsaid.get()})
 
-    def _copy(self) -> None:
-        assert self.store is not None
-        self.copied = time.monotonic()
-        for file in (f for f in self.folder.rglob("*") if f.is_file()):
-            to = self.store / file.relative_to(self.folder).as_posix()
-            to.parent.mkdir(parents=True, exist_ok=True)
-            to.write_bytes(file.read_bytes())
+    def _give(self, record: Record) -> None:
+        for sink in (*self.files, *self.trackers):
+            self._try(lambda sink=sink: sink.take(record))  # type: ignore[misc]
+        self.report(record)
 
-    def _try(self, write: Callable[[], object]) -> bool:
+    def _try(self, write: Callable[[], object]) -> None:
         try:
             write()
         except Exception as e:
-            if not isinstance(e, OSError) and not self.store:  # object stores raise what they like
+            if not isinstance(e, OSError) and not is_remote(self.place):  # object stores raise what they like
                 raise
             if not self.broken:
-                text = f"the progress of the run cannot be written to {self.store or self.folder}: {e}; it goes on"
+                text = f"the progress of the run cannot be written to {self.place}: {e}; it goes on"
                 self.report({"kind": "note", "time": round(time.time(), 3), "text": text})
             self.broken = True
-            return False
-        return True
-
-
-def _append_whole(file: Any, line: bytes) -> None:
-    """Whole or not at all: who reads along takes lines for JSON."""
-    end = os.fstat(file.fileno()).st_size
-    if file.write(line) != len(line):
-        os.ftruncate(file.fileno(), end)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _cut_unfinished_line(log: Path) -> None:
-    """What a process that was killed left at the end."""
-    with suppress(FileNotFoundError):
-        whole = log.read_bytes()
-        if (end := whole.rfind(b"\n") + 1) < len(whole):
-            os.truncate(log, end)
-
-
-def _finite(value: Any) -> Any:
-    """With None for numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _scalars(values: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            yield prefix + name, value
 
 
 def describe(record: Record) -> str | None:
@@ -144,14 +88,14 @@ def describe(record: Record) -> str | None:
         case "train":
             losses = "  ".join(f"{task} {loss:.4f}" for task, loss in r["losses"].items())
             return (
-                f"step {r['step']:>6}/{r['of']}  epoch {r['epoch']}  {_si(r['rows'])} rows  {r['samples_per_second']:>9,.0f} samples/s"
+                f"step {r['step']:>6}/{r['of']}  epoch {r['epoch']}  {si(r['rows'])} rows  {r['samples_per_second']:>9,.0f} samples/s"
                 f"  loss {r['loss']:.4f}  {losses}  ETA {duration(r['eta_s'])}"
             )
         case "evaluation":
-            tasks = "  ".join(f"{task} {_headline(m)}" for task, m in r["metrics"].items())
+            tasks = "  ".join(f"{task} {headline(m)}" for task, m in r["metrics"].items())
             best = "  (best so far)" if r.get("best") else ""
             return f"step {r['step']:>6}/{r['of']}  {r['split']}  loss {r['loss']:.4f}  {tasks}{best}"
-        case "note":
+        case "note" | "failed":
             return r["text"]
     return None
 
@@ -162,12 +106,12 @@ def print_record(record: Record) -> None:
         print(line, flush=True)
 
 
-def _headline(metrics: Record) -> str:
+def headline(metrics: Record) -> str:
     shown = [(k, metrics[k]) for k in ("auc", "logloss", "rmse") if metrics.get(k) is not None]
     return " ".join(f"{k.upper() if k != 'logloss' else k} {v:.4f}" for k, v in shown) or "(nothing known)"
 
 
-def _si(number: float) -> str:
+def si(number: float) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"

@@ -15,7 +15,7 @@ from torch import Size
 from distmtl import checkpoint
 from distmtl.checkpoint import Changes, Checkpoint
 from distmtl.config import BucketFeature, Config, DotConfig, Ids
-from distmtl.config_file import dump_config, parse_config
+from distmtl.config_file import dump_config, flat, parse_config
 from distmtl.data.collate import alike_type, is_list, is_string
 from distmtl.data.dataset import Dataset
 from distmtl.data.hashing import HASH_VERSION
@@ -27,7 +27,7 @@ PARTITIONS = "partitions"  # of a followed run: in it, the run of every partitio
 
 # What may change between the start of a run and its continuation: how it is run, not what it computes.
 FREE = (
-    "name", "run.dir", "cluster.*", "evaluation.*", "data.train", "data.validation", "data.test", "data.prefetch",
+    "name", "run.dir", "cluster.*", "tracking*", "evaluation.*", "data.train", "data.validation", "data.test", "data.prefetch",
     "data.max_contradictions", "tasks.*.true_probability*", "tasks.*.calibration*",
     "train.log_every", "train.eval_every", "train.save_*", "train.keep", "train.monitor",
     "train.early_stopping*", "train.profile*", "train.non_finite*", "sharding.types", "sharding.row_wise_above_mb", "tables.*.sharding",
@@ -39,7 +39,8 @@ FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a
 # What a new run may change that only starts from another one's weights: everything but what gives them their shape and meaning.
 FREE_FROM_WEIGHTS = (
     *(f"{section}.*" for section in ("cluster", "data", "evaluation", "optimizer", "run", "sharding", "tables", "train", "weighting")),
-    "name", "model.dropout", "model.network.dropout", "model.calibrator", "model.weight", "model.max_weight", "model.self_normalised",
+    "tracking*", "name",
+    "model.dropout", "model.network.dropout", "model.calibrator", "model.weight", "model.max_weight", "model.self_normalised",
     "features.*.column", "features.*.out_of_range", "features.*.id_dropout", "features.*.max_length",
     "features.*.too_long",
     "tasks.*.label", "tasks.*.weight", "tasks.*.bias", "tasks.*.true_probability*", "tasks.*.space", "tasks.*.pos_weight", "tasks.*.focal",
@@ -324,17 +325,3 @@ def _same_data(train_set: Dataset, found: Checkpoint) -> None:
         f"data.train {train_set.path} changed since checkpoint {found.path}: its position in the data would be wrong; "
         "bring the files back, or start another run.dir\n" + "\n".join(f"  - {c}" for c in (changed or ["row groups cut otherwise"])[:20])
     )
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key → plain value; elements of a list go by their name where they have one."""
-    if isinstance(tree, dict):
-        items = list(tree.items())
-    elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
-        items = [(v.get("name", str(i)), v) for i, v in enumerate(tree)]
-        items.append(("(order)", [name for name, _ in items]))  # dense weights go by position
-    else:
-        return {prefix: tree}
-    if not items:
-        return {prefix: tree}
-    return {k: v for name, value in items for k, v in flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}

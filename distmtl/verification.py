@@ -121,6 +121,7 @@ def shrink(config: Config, folder: str) -> tuple[Config, list[str]]:
     raw["data"] |= {"validation": config.data.validation or config.data.test, "test": None}
     raw["cluster"] |= {"device": "cpu", "workers": 1}
     raw["run"]["dir"] = folder
+    del raw["tracking"]  # these are no runs to look at
     return parse_config(raw), list(dict.fromkeys(changes))
 
 

@@ -174,7 +174,7 @@ def test_progress_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
     progress = Progress(tmp_path, True, said.append)
     progress.say("note", text="one")
     with monkeypatch.context() as m:
-        m.setattr("distmtl.progress._append_whole", full)
+        m.setattr("distmtl.tracking.log.append_whole", full)
         progress.say("note", text="two")
         progress.say("note", text="three")
     progress.say("note", text="four")

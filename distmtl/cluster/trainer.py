@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -21,6 +20,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
+from distmtl.cluster.metrics import TrainingMetrics
 from distmtl.cluster.network import ProcessGroupConfig
 from distmtl.cluster.places import answers, nodes, worker_resources
 from distmtl.cluster.supervision import Supervisor, last_line
@@ -32,6 +32,8 @@ from distmtl.following import Publish, Until, follow
 from distmtl.progress import Report, print_record
 from distmtl.run_directory import ResumePolicy, open_run
 from distmtl.storage import absolute, is_remote, place
+from distmtl.tracking.log import LOG, LogReader
+from distmtl.tracking.trackers import require_trackers
 
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 # glibc gives the memory of a step's large tensors back to the system, and the next step pays a page fault for every 4 kB of them: a fifth
@@ -65,6 +67,7 @@ def train_on_ray(
     from distmtl.model.layout import Layout
 
     refuse_fleeting(config.run_dir, "run.dir")
+    require_trackers(config)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": absolute(config.run_dir)})})
     open_run(config, resume, open_splits(config)["train"], policy, continue_from)
     if config.model.kind == "plugin":  # the user's own code: better it fails here
@@ -73,7 +76,7 @@ def train_on_ray(
     set_hang_timeout(config.cluster)
     folder = place(config.run_dir)
     settings = {"resume": "auto" if resume == "never" else resume, "policy": policy, "continue_from": continue_from}
-    with session(config.cluster), passing_on(folder / "metrics.jsonl", report):
+    with session(config.cluster), passing_on(folder / LOG, report):
         worker = worker_resources(config.cluster, use_gpu=use_gpu(config.cluster))
         outcome = Supervisor(
             config.cluster,
@@ -128,8 +131,10 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     quieten()
     from distmtl.loop import train
 
+    config = parse_config(settings["config"])
     try:
-        return {"result": train(**{**settings, "config": parse_config(settings["config"])}, report=lambda record: None, checked=True)}
+        with TrainingMetrics(config.run_dir) as metrics:
+            return {"result": train(**{**settings, "config": config}, report=metrics.take, checked=True)}
     except DistmtlError as e:
         return {"error": str(e)}
 
@@ -219,23 +224,15 @@ def use_gpu(cluster: ClusterConfig) -> bool:
 @contextmanager
 def passing_on(log: Path, report: Report) -> Iterator[None]:
     """Pass on the records that rank 0 appends to the log, wherever it runs."""
-    position = log.stat().st_size if log.exists() else 0
+    reader = LogReader(log, log.stat().st_size if log.exists() else 0)
     done = threading.Event()
 
     def follow() -> None:
-        nonlocal position
-        while True:
+        last = False
+        while not last:
             last = done.wait(0.2)
-            if log.exists():
-                with log.open("rb") as lines:
-                    lines.seek(position)
-                    for line in lines:
-                        if not line.endswith(b"\n"):
-                            break
-                        position += len(line)
-                        report(json.loads(line))
-            if last:
-                return
+            for record in reader.read():
+                report(record)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -66,6 +66,11 @@ from distmtl.config.tasks import (
     TaskConfig,
     WatchTimeTask,
 )
+from distmtl.config.tracking import (
+    MLflowConfig,
+    TrackingConfig,
+    WandbConfig,
+)
 from distmtl.config.training import (
     AdagradDense,
     AdamDense,

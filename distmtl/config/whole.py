@@ -45,6 +45,7 @@ from distmtl.config.tables import (
     TableConfig,
 )
 from distmtl.config.tasks import BinaryTask, CalibrationConfig, DelayedFeedback, LognormalTask, Space, TaskConfig
+from distmtl.config.tracking import TrackingConfig
 from distmtl.config.training import (
     ClusterConfig,
     EvaluationConfig,
@@ -74,6 +75,7 @@ class Config(Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
     run: RunConfig = RunConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @property
     def embedded(self) -> tuple[IdFeature | SequenceFeature | BucketFeature, ...]:

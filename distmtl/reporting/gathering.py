@@ -6,17 +6,20 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from distmtl.config import Config
+from distmtl.config_file import flat
 from distmtl.errors import DistmtlError
-from distmtl.health_page import History, counted, history_of, read_log
-from distmtl.run_directory import PARTITIONS, config_of, flat
+from distmtl.health_page import History, history_of
+from distmtl.run_directory import PARTITIONS, config_of
 from distmtl.storage import place
+from distmtl.tracking.log import LOG, LogReader, counted, read_log
+from distmtl.tracking.records import Record
 
-Record = dict[str, Any]
-SAID = ("start", "note", "end")  # kinds of records that tell what happened
+SAID = ("start", "note", "failed", "end")  # kinds of records that tell what happened
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,13 @@ class Run:
     @property
     def restarts(self) -> list[int]:
         """Steps that a later attempt of the same run, or partition, went on from."""
-        return [e["step"] for before, e in zip([None, *self.attempts], self.attempts, strict=False) if before and same_log(before, e)]
+        return [e["step"] for e in restarts_of(self.events)]
 
 
-def same_log(a: Record, b: Record) -> bool:
-    return a.get("partition") == b.get("partition")
+def restarts_of(events: Sequence[Record]) -> list[Record]:
+    """Starts of a run, or partition, that had been started before."""
+    starts = [e for e in events if e["kind"] == "start"]
+    return [e for before, e in pairwise(starts) if before.get("partition") == e.get("partition")]
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
@@ -81,31 +86,70 @@ def read_run(path: str, name: str) -> Run:
     Raises:
         DistmtlError: no run there.
     """
-    folder = place(path)
-    chain = partitions_of(folder)
-    logs = [p for p in chain or [folder] if (p / "metrics.jsonl").exists()]
-    if not logs or not (folder / "config.yaml").exists():
-        raise DistmtlError(f"{path} is no run: it has no {'config.yaml' if logs else 'metrics.jsonl'}")
-    records: list[Record] = []
-    events: list[Record] = []
-    offset = 0
-    for log in logs:
-        every = [moved(r, offset, log.name if chain else None) for r in read_log(log / "metrics.jsonl")]
-        records += counted(every)
-        events += [r for r in every if r["kind"] in SAID]
-        offset = max([offset, *(r["step"] for r in records if "step" in r)])
+    return run_of(RunLog(path), name)
+
+
+class RunLog:
+    """The records of a run up to the last `refresh`, also of one in progress; nothing is read twice.
+
+    Attributes:
+        records: of its log, without what failures undid.
+        events: what happened, with what was undone.
+
+    Raises:
+        DistmtlError: no run there.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.folder = path, place(path)
+        self._begin()
+        if not self.refresh() or not (self.folder / "config.yaml").exists():
+            raise DistmtlError(f"{path} is no run: it has no {'config.yaml' if self.logs else LOG}")
+
+    def _begin(self) -> None:
+        self.records: list[Record] = []
+        self.events: list[Record] = []
+        self.logs: list[Path] = []  # folders of those that were found; of a followed run only the last one grows
+        self.first = self.offset = 0  # of the last one: its first record, the steps before it
+
+    def refresh(self) -> list[Record]:
+        """Read what is new, and return it."""
+        chain, new = partitions_of(self.folder), []
+        folders = chain or [self.folder]
+        if self.logs and self.logs[-1] not in folders:  # what was trained of the newest partition was undone
+            self._begin()
+        for folder in folders[folders.index(self.logs[-1]) if self.logs else 0 :]:
+            if not self.logs or folder != self.logs[-1]:
+                if not (folder / LOG).exists():
+                    continue
+                self.logs.append(folder)
+                self.first, self.offset = len(self.records), max([0, *(r["step"] for r in self.records if "step" in r)])
+                self.reader = LogReader(folder / LOG)
+            read = [moved(r, self.offset, folder.name if chain else None) for r in self.reader.read()]
+            if self.reader.another:  # the run was begun anew
+                self._begin()
+                return self.refresh()
+            self.records[self.first :] = counted(read, self.records[self.first :])
+            self.events += [r for r in read if r["kind"] in SAID]
+            new += read
+        return new
+
+
+def run_of(log: RunLog, name: str) -> Run:
+    """What is known of a run beside its log, too."""
+    folder = log.folder
     try:
-        history = history_of(path, records)
+        history = history_of(log.path, log.records)
     except DistmtlError:
         history = None
     return Run(
         name,
-        path,
+        log.path,
         config_of(folder),
-        records,
-        events,
+        log.records,
+        log.events,
         history,
-        read_json(logs[-1] / "plan.json"),
+        read_json(log.logs[-1] / "plan.json"),
         read_json(folder / "result.json"),
         read_log(folder / "follow.jsonl") if (folder / "follow.jsonl").exists() else [],
     )

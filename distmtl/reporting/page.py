@@ -71,12 +71,17 @@ class Section:
     missing: list[str] = field(default_factory=list)  # why something that is looked for here is not there
 
 
-def page(title: str, intro: Sequence[str], sections: Sequence[Section]) -> str:
+def page(title: str, intro: Sequence[str], sections: Sequence[Section], refresh_s: float | None = None) -> str:
+    """
+    Args:
+        refresh_s: after which a browser loads it again.
+    """
     e = html.escape
+    refresh = f'<meta http-equiv="refresh" content="{refresh_s:.0f}">' if refresh_s else ""
     contents = "".join(f'<li><a href="#{s.name}">{e(s.title)}</a></li>' for s in sections)
     return (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">{refresh}<link rel="icon" href="data:,">'
         f"<title>{e(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
         f'<a class="skip" href="#{sections[0].name}">Skip to the first section</a>\n'
         f"<header><h1>{e(title)}</h1>{''.join(f'<p>{e(line)}</p>' for line in intro)}</header>\n"

@@ -41,7 +41,18 @@ def report(
     return str(file)
 
 
-NOT_ASKED = "left out with --no-model"
+def page_in_progress(run: Run, standing: Sequence[str], refresh_s: float | None) -> str:
+    """The report of a run without what asks the checkpoint.
+
+    Args:
+        standing: lines that say how it stands.
+        refresh_s: after which the reader's browser asks again.
+    """
+    examined: Examined = {run.name: NOT_ASKED}
+    return page(title_of([run]), [*standing, *intro([run], examined)], sections([run], examined), refresh_s)
+
+
+NOT_ASKED = "left out: the checkpoint was not asked"
 
 
 def _examined(run: Run, rows: int, slices: Sequence[str], say: Callable[[str], None]) -> Examination | str:

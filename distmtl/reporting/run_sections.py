@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from distmtl.config import BinaryTask, MulticlassTask
+from distmtl.config_file import flat
 from distmtl.health_page import Series
 from distmtl.reporting import drawing
 from distmtl.reporting.drawing import Line, Map, Panel, Piece
 from distmtl.reporting.gathering import Run, config_differences
 from distmtl.reporting.page import Plot, Section, Table, called, cell, series_rows
-from distmtl.run_directory import flat
 
 STRETCHES = 48  # of time in a heat map
 PAIRS = 6  # of tasks whose cosine is drawn over time
@@ -308,7 +308,9 @@ def _said(event: dict[str, Any]) -> str:
     if event["kind"] == "end":
         return f"{where}end: {'stopped' if event['result'].get('stopped') else 'complete'}"
     lines = event["text"].splitlines()
-    return where + ("start: " + "; ".join(lines[:2]) if event["kind"] == "start" else "\n".join(lines))
+    if event["kind"] == "start":
+        return f"{where}start: {'; '.join(lines[:2])}"
+    return where + ("failed: " if event["kind"] == "failed" else "") + "\n".join(lines)
 
 
 def plan(runs: Sequence[Run]) -> Section:

@@ -290,7 +290,7 @@ def test_several_runs_are_laid_over_each_other(run, tiny_data, tmp_path):
     assert differences["model.kind"] == ["mmoe", "shared_bottom"] and differences["model.num_experts"] == ["3", "–"]
     assert "data.train" not in differences and differences["train.steps"] == ["60", "10"]
     assert {f"click: {n}" for n in names} <= set(page.columns("losses"))
-    assert "has no gates over experts" in page.sections["gates"] and "left out with --no-model" in page.sections["importance"]
+    assert "has no gates over experts" in page.sections["gates"] and "left out: the checkpoint was not asked" in page.sections["importance"]
 
 
 def test_a_followed_run_is_one_learning_curve(tmp_path):

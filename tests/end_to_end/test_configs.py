@@ -13,7 +13,7 @@ import pytest
 import yaml
 from worlds import run_world, train_world
 
-from distmtl.__main__ import main, parse
+from distmtl.__main__ import COMMANDS, main, parse
 from distmtl.config import HeadConfig
 from distmtl.config_file import load_config, parse_config
 from distmtl.data.synthetic import World, write_log
@@ -73,9 +73,7 @@ def test_readme_and_docs_name_only_what_exists():
     ]:
         text = page.read_text()
         for found in re.findall(
-            r"(?:^    |`|&& |# |-- |-m )"
-            r"(distmtl (?:synth|prepare|init|train|evaluate|verify|plan|health|report|leaderboard|config|doctor|export|predict|serve)\b"
-            r"[^`\n#&]*)",
+            r"(?:^    |`|&& |# |-- |-m )(distmtl (?:" + "|".join(COMMANDS) + r")\b[^`\n#&]*)",
             text,
             flags=re.M,
         ):
