@@ -26,7 +26,7 @@ import torch
 from benchmarks.limit import keep_memory
 from benchmarks.record import Record
 from distmtl.distributed.process import quieten
-from distmtl.serving.batch import BLOCK_ROWS, Scorer, open_job
+from distmtl.serving.batch import BLOCK_ROWS, REJECTED, Scorer, open_job
 
 
 def measure(export: str, data: str, rounds: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def measure(export: str, data: str, rounds: int) -> dict[str, Any]:
             "predict": lambda: [score(part) for part in job.parts],
         }
         seconds: dict[str, list[float]] = {name: [] for name in work}
-        (Path(out) / "rejected").mkdir()
+        (Path(out) / REJECTED).mkdir()
         for turn in range(rounds + 1):  # the first one warms up
             for name, run in work.items():
                 began = time.process_time()

@@ -245,6 +245,23 @@ def test_what_is_whole_is_taken(exports, tmp_path):
     assert took == ["delta", "full"] and version.manifest.digest == other.digest
 
 
+def test_a_link_that_is_moved_and_moved_back(exports, tmp_path, monkeypatch):
+    """How an operator rolls back: the server keeps the link, not what it led to at the start."""
+    shutil.copytree(exports / "000000-full", tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "live").symlink_to(exports / "000000-full")
+    settings = Settings({"live": "live"}, (1.0,), fusion="live/fusion.yaml").absolute()
+    assert settings.versions == {"live": str(tmp_path / "live")} and settings.fusion == str(tmp_path / "live" / "fusion.yaml")
+    version = Version("live", Path(settings.versions["live"]), LIMITS, lambda run: run(), lambda config: None)
+    first = version.manifest
+    second = manifest.complete(tmp_path / "b", first.model_copy(update={"name": "b"}))
+    for to, digest in ((tmp_path / "b", second.digest), (exports / "000000-full", first.digest)):
+        (tmp_path / "live").unlink()
+        (tmp_path / "live").symlink_to(to)
+        version.refresh(lambda kind: None)
+        assert version.manifest.digest == digest
+
+
 def test_fusion_file(exports, serve, tmp_path):
     file, body = tmp_path / "fusion.yaml", served.body(served.rows(4))
     file.write_text("fusion: {kind: linear, tasks: {click: 1.0}}\n")

@@ -10,8 +10,6 @@ import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 # A third less time of replica and proxy for a request: gRPC between the two instead of Ray tasks (Serve's replicas listen for it anyway),
@@ -89,12 +87,7 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000, replica
     Raises:
         DistmtlError: an export, the fusion or the token cannot be read, or the port is taken.
     """
-    settings = replace(
-        settings,
-        versions={name: str(Path(path).resolve()) for name, path in settings.versions.items()},
-        fusion=settings.fusion and str(Path(settings.fusion).resolve()),
-        token=settings.token and str(Path(settings.token).resolve()),
-    )
+    settings = settings.absolute()
     settings.check()
     _refuse_taken(host, port)
     stop = threading.Event()

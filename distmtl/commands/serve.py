@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def run(a: argparse.Namespace) -> None:
     versions: dict[str, str] = {}
     for text in a.exports:
         name, sign, path = text.partition("=")
-        name, path = (name, path) if sign and not Path(text).exists() else (Path(text).resolve().name, text)
+        name, path = (name, path) if sign and not Path(text).exists() else (os.path.basename(os.path.abspath(text)), text)
         if name in versions:
             raise DistmtlError(f"two exports are called {name!r}; name them: {name}1={versions[name]} {name}2={path}")
         versions[name] = path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import random
 import sys
 import threading
@@ -12,7 +13,7 @@ import time
 import traceback
 from bisect import bisect
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -69,6 +70,12 @@ class Settings:
     batch: int = 2048
     wait_ms: float = 0.0
     poll_s: float = 2.0
+
+    def absolute(self) -> Settings:
+        """The same for a process in another working directory. Links stay links: where they lead may change while it serves."""
+        versions = {name: os.path.abspath(path) for name, path in self.versions.items()}
+        fusion, token = (path and os.path.abspath(path) for path in (self.fusion, self.token))
+        return replace(self, versions=versions, fusion=fusion, token=token)
 
     def check(self) -> None:
         """What can be seen without loading a model.

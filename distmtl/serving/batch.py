@@ -1,8 +1,10 @@
 """Batch scoring: a data set of any size → a folder of predictions in its order, part by part; the same command continues.
 
-    predict.json                    written first: which export scores which data, which columns are kept, where parts begin
-    part-000000.parquet …           row (its number in the data set), kept columns, one column per task
-    rejected/part-000000.parquet …  row, file, reason: of the rows of a part that cannot be scored, where it has some
+    _predict.json                    written first: which export scores which data, which columns are kept, where parts begin
+    part-000000.parquet …            row (its number in the data set), kept columns, one column per task
+    _rejected/part-000000.parquet …  row, file, reason: of the rows of a part that cannot be scored, where it has some
+
+What begins with _ readers of Parquet folders (Arrow, pandas, Spark, we) pass over, so that the folder reads as one table.
 
 A part is a run of row groups of one file and is there whole or not at all. Of a part a block of rows is in memory at a time.
 """
@@ -37,8 +39,8 @@ from distmtl.storage import absolute, is_remote, new_file, place, sizes, write_w
 
 Say = Callable[[str], None]
 FORMAT = 1
-PLAN = "predict.json"
-REJECTED = "rejected"
+PLAN = "_predict.json"
+REJECTED = "_rejected"
 NUMBER = "row"
 PART_ROWS = 262_144  # of a part at most, unless a single row group has more
 BLOCK_ROWS = 16_384  # scored at once

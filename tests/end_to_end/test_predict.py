@@ -76,11 +76,12 @@ def parts(out: Path) -> dict[str, bytes]:
 
 
 def written(out: Path) -> pa.Table:
-    return pa.concat_tables([pq.read_table(f) for f in sorted(out.glob("part-*.parquet"))])
+    """The folder as any reader of Parquet sees it."""
+    return pq.read_table(out)
 
 
 def rejected(out: Path) -> dict[int, dict]:
-    tables = [pq.read_table(f) for f in sorted((out / "rejected").glob("part-*.parquet"))]
+    tables = [pq.read_table(f) for f in sorted((out / batch.REJECTED).glob("part-*.parquet"))]
     return {row["row"]: row for table in tables for row in table.to_pylist()}
 
 
@@ -283,7 +284,7 @@ def test_into_an_object_store(made, tmp_path, small, capsys):
     for out in (str(store), str(disk), str(store)):
         assert main(["predict", str(made / "export"), "--data", str(bad), "--out", out]) == 0
     assert "6 of them done" in capsys.readouterr().out
-    names = [*parts(disk), "predict.json"]
+    names = [*parts(disk), batch.PLAN]
     assert [(store / name).read_bytes() for name in names] == [(disk / name).read_bytes() for name in names]
 
 
