@@ -20,6 +20,7 @@ from distmtl.config_file import dump_config
 from distmtl.errors import DistmtlError
 from distmtl.loop import train
 from distmtl.progress import Progress
+from distmtl.storage import place
 from distmtl.tracking.log import LOG, LogReader
 from distmtl.tracking.records import scalars
 from distmtl.tracking.tracker import Sent, Tracker
@@ -136,6 +137,27 @@ def test_a_killed_attempt_leaves_no_step_twice_and_none_out(tiny_data, tmp_path,
             first.setdefault((name, r["step"]), value)
     assert in_mlflow(uri, found.info.run_id) == Counter({(n, step, v): 1 for (n, step), v in first.items()})
     assert sum(r["kind"] == "train" and r["step"] == 25 for r in lines) == 2
+
+
+def test_a_run_in_an_object_store_is_one_run_too(tmp_path, monkeypatch):
+    """Its state is kept in the store; every attempt has a local folder of its own."""
+    pytest.importorskip("mlflow", reason="the extra distmtl[mlflow] is not installed")
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = f"file://{tmp_path}/mlruns"
+    tracked = tiny.config(tmp_path, tmp_path / "run", tracking={"mlflow": {"uri": uri}})
+    for attempt in (0, 5):
+        progress = Progress(place("memory://tracked/run"), True, lambda record: None, tracked)
+        progress.say("start", step=attempt, text="")
+        for step in (attempt + 5, attempt + 10):
+            progress.say("train", step=step, loss=float(attempt + step))
+        progress.close()
+    (found,) = (client := MlflowClient(uri)).search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert in_mlflow(uri, found.info.run_id) == Counter(
+        {("train/loss", 5, 5.0): 1, ("train/loss", 10, 10.0): 1, ("train/loss", 15, 20.0): 1}
+    )
+    assert json.loads((place("memory://tracked/run") / "mlflow.json").read_text())["run"] == found.info.run_id
 
 
 def train_until(tracked, step: int) -> None:
