@@ -256,6 +256,14 @@ def test_no_cluster_at_ray_address_is_said_and_no_local_one_started():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_local_ray_that_does_not_start_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    code = "from distmtl.cluster.trainer import session; from distmtl.config import ClusterConfig\nwith session(ClusterConfig()): pass"
+    environment = os.environ | {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(tmp_path / "file" / "none")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "DistmtlError: no local Ray could be started" in run.stderr.splitlines()[-1]
+
+
 def test_ray_train_s_actors_are_told_which_cluster_is_theirs(monkeypatch):
     """And the environment is as before afterwards."""
     from types import SimpleNamespace

@@ -178,7 +178,7 @@ def _connect(address: str, cluster: ClusterConfig, settings: dict[str, Any]) -> 
     """To the cluster of an address; `auto`: one that `ray start` made here, else a new local one, as `local`.
 
     Raises:
-        DistmtlError: no cluster answers there.
+        DistmtlError: no cluster answers there, or none can be started here.
     """
     place = _cluster_here() if address == "auto" else address
     if place != "local":
@@ -192,7 +192,12 @@ def _connect(address: str, cluster: ClusterConfig, settings: dict[str, Any]) -> 
                     "and where the cluster wants a token, export RAY_AUTH_MODE=token"
                 ) from e
     cpus = max(os.cpu_count() or 1, cluster.workers.max * cluster.cpus_per_worker)
-    ray.init(**settings, address="local", num_cpus=cpus, include_dashboard=False)
+    try:
+        ray.init(**settings, address="local", num_cpus=cpus, include_dashboard=False)
+    except Exception as e:  # Ray raises bare ones
+        raise DistmtlError(
+            f"no local Ray could be started: {last_line(e)}; on a busy machine try again; launch/torchrun.sh trains without Ray"
+        ) from e
 
 
 def _cluster_here() -> str:
