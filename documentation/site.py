@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 from html import escape
@@ -20,6 +21,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+LOG = logging.getLogger("mkdocs.plugins.distmtl")  # a warning is an error under --strict
 ROOT = Path(__file__).parents[1]
 OUTSIDE = "repository"  # folder of the site that holds what lies outside docs/
 PROJECT = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")  # there whether or not a page links to them
@@ -28,7 +30,9 @@ LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for notebook in [f for f in files if f.src_uri.endswith(".ipynb")]:
-        text, pictures = nbconvert.MarkdownExporter(exclude_output_prompt=True).from_filename(notebook.abs_src_path)
+        name = posixpath.basename(notebook.src_uri).removesuffix(".ipynb")
+        exporter = nbconvert.MarkdownExporter(exclude_output_prompt=True)
+        text, pictures = exporter.from_filename(notebook.abs_src_path, {"unique_key": name})
         page = File.generated(config, _in_site(f"docs/{notebook.src_uri}"), content=text)
         files.append(page)
         for name, content in pictures["outputs"].items():
@@ -56,6 +60,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{link[1]}{posixpath.relpath(_in_site(target), posixpath.dirname(here))}{link[3]}"
 
     return LINK.sub(moved, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> None:
+    for elsewhere in re.findall(r"<(?:script|img|link|iframe)\b[^>]*(?:src|href)=\"?(https?:[^\" >]+)", output):
+        LOG.warning("%s loads %s; a page can be read without a network", page.file.src_uri, elsewhere)
 
 
 def drawing(source: str, language: str, css_class: str, options: Any, md: Any, **rest: Any) -> str:
@@ -87,12 +96,11 @@ def _resolved(link: str, page: str) -> str | None:
 
 
 def _in_site(path: str) -> str:
+    """Where the site has a file of the repository; a notebook's page, not the notebook."""
     if not path.startswith("docs/"):
         return f"{OUTSIDE}/{path}"
-    return re.sub(r"\.ipynb$", ".ipynb.md", path.removeprefix("docs/"))
+    return re.sub(r"\.ipynb$", ".md", path.removeprefix("docs/"))
 
 
 def _in_repository(uri: str) -> str:
-    if uri.startswith(f"{OUTSIDE}/"):
-        return uri.removeprefix(f"{OUTSIDE}/")
-    return f"docs/{re.sub(r'[.]ipynb[.]md$', '.ipynb', uri)}"
+    return uri.removeprefix(f"{OUTSIDE}/") if uri.startswith(f"{OUTSIDE}/") else f"docs/{uri}"
