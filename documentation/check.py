@@ -27,7 +27,7 @@ from distmtl.errors import DistmtlError
 from documentation import fragments
 from documentation.blocks import ROOT, Block, blocks_of, notebooks, pages
 from documentation.excused import EXCUSED
-from documentation.world import World
+from documentation.world import RECIPES, World, mentioned, writes
 
 TIMEOUT_S = 600
 FOLDER = ROOT / "build" / "docs-check"
@@ -100,7 +100,7 @@ def part_of(all_units: list[Unit], i: int, n: int) -> list[Unit]:
     """The i-th of n parts, cut by time; what takes none goes with what it stands beside."""
     whole, done, part = sum(u.seconds for u in all_units), 0.0, []
     for unit in all_units:
-        if int((done + unit.seconds / 2) * n / whole) == i - 1:
+        if min(int((done + unit.seconds / 2) * n / whole), n - 1) == i - 1:
             part.append(unit)
         done += unit.seconds
     return part
@@ -183,6 +183,18 @@ def _port(command: str) -> str:
     return found[1] if found else "8000"
 
 
+def catch_up(text: str, before: list[Block], shell: Shell, world: World) -> None:
+    """Run what the page says before, in another part, and what is needed here: a file, a log, a run that the text names."""
+    for at, block in enumerate(before):
+        for path in writes(block.plain):
+            known = any(re.fullmatch(pattern, path) for pattern, _ in RECIPES)
+            named = mentioned(re.escape(path), text) or f"{Path(path).parent}/{{" in text
+            if named and not known and not (world.folder / path).exists():
+                catch_up(block.text, before[:at], shell, world)
+                if wrong := check(block, shell, world):
+                    print(f"       {block.where}, for what follows: {wrong}", flush=True)
+
+
 def check(block: Block, shell: Shell, world: World) -> str | None:
     """What is wrong with a block."""
     if block.kind == "notebook":
@@ -195,12 +207,12 @@ def check(block: Block, shell: Shell, world: World) -> str | None:
         except (DistmtlError, YAMLError) as e:
             return str(e)
         return None
-    with world.ready_for(block.text):
+    with world.ready_for(block.plain):
         return shell.run(block)
 
 
 def main(argv: list[str]) -> int:
-    chosen = units()
+    chosen = everything = units()
     if argv and (found := re.fullmatch(r"(\d+)/(\d+)", argv[0])):
         chosen = part_of(chosen, int(found[1]), int(found[2]))
     elif argv:
@@ -211,10 +223,11 @@ def main(argv: list[str]) -> int:
     world = World(FOLDER)
     print(f"world: {time.monotonic() - started:.0f} s", flush=True)
     excused = passed = 0
-    page = ""
+    page, before = "", list[Block]()
     for unit in chosen:
         if unit.page != page:
             page = unit.page
+            before = [b for u in everything if u.page == page for b in u.blocks if b.line < unit.blocks[0].line]
             world.new_page()
         shell = Shell(world)
         for block in unit.blocks:
@@ -222,7 +235,8 @@ def main(argv: list[str]) -> int:
                 excused += 1
                 print(f"{'–':>6} {block.where}: {block.plain}  ({reason})", flush=True)
                 continue
-            start, before = time.monotonic(), shell.log.stat().st_size
+            start, said = time.monotonic(), shell.log.stat().st_size
+            catch_up(block.text, before, shell, world)
             wrong = check(block, shell, world)
             if block is unit.blocks[-1]:
                 wrong = wrong or shell.end()
@@ -230,7 +244,7 @@ def main(argv: list[str]) -> int:
             print(f"{time.monotonic() - start:4.0f} s {block.where}: {title}", flush=True)
             if wrong:
                 failed.append(f"{block.where}: {title}: {wrong}")
-                tail = shell.log.read_bytes()[before:].decode(errors="replace").splitlines()[-40:]
+                tail = shell.log.read_bytes()[said:].decode(errors="replace").splitlines()[-40:]
                 print("\n".join([f"FAILED: {wrong}", *(f"    {line}" for line in tail)]), flush=True)
             passed += not wrong
         shell.close()

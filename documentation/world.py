@@ -14,8 +14,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 from documentation.blocks import ROOT
 
@@ -77,49 +78,32 @@ class World:
         }
         (folder / ".curlrc").write_text("fail-with-body\n")  # an answer of 4xx is a failure
         self.need("data/synthetic")
-        self.pristine = {*os.listdir(folder), ".made"}
+        self.pristine = {*os.listdir(folder), ".made", *(f"data/{name}" for name in LOGS)}
 
     def new_page(self) -> None:
         """What the pages before have left is not there for the reader of this one."""
-        for child in self.folder.iterdir():
-            if child.name not in self.pristine:
-                remove(child)
-        for child in (self.folder / "data").iterdir():
-            if f"data/{child.name}" not in LOGS:
+        for child in (*self.folder.iterdir(), *(self.folder / "data").iterdir()):
+            if str(child.relative_to(self.folder)) not in self.pristine:
                 remove(child)
 
     @contextmanager
     def ready_for(self, command: str) -> Iterator[None]:
-        """Make what the command reads and nobody has made; where it writes a log of its size, a small one is put back."""
-        written = [*self.writes(command)]
-        logs = [path for path in written if path in LOGS]
-        for path in logs:
-            remove(self.folder / path)
-        for path in self.paths(command):
-            if not any(path == w or path.startswith(f"{w}/") for w in written):
-                self.need(path)
+        """Make what the command reads and nobody has made; logs that it writes are cut short afterwards."""
+        written = writes(command)
+        if "distmtl synth" in command:
+            for path in written:
+                remove(self.folder / path)
+        for pattern, _ in RECIPES:
+            for path in mentioned(pattern, command):
+                if path not in written:
+                    self.need(path)
         yield
-        for path in logs:
-            remove(self.folder / path)
-            self.need(path)
+        cut(self.folder / "data")
 
     def need(self, path: str) -> None:
-        """Make a path, or what it lies in, if there is a recipe for it and it is not there."""
-        for pattern, make in RECIPES:
-            if (found := re.match(rf"{pattern}(?=/|$)", path)) and not (self.folder / found[0]).exists():
-                make(self, found[0])
-
-    def paths(self, command: str) -> Iterator[str]:
-        for word in _words(command):
-            yield word.removeprefix("./").partition("=")[2] if re.match(r"[a-z_.]+=\w+/", word) and not word.startswith("day=") else word
-
-    def writes(self, command: str) -> Iterator[str]:
-        words = _words(command)
-        for option, value in pairwise(words):
-            if option in ("--out", "--publish"):
-                yield value.rstrip("/")
-        if "init" in words and "--out" not in words:
-            yield f"{Path(words[words.index('init') + 1]).stem}-distmtl"
+        """Make a path by its recipe, if it is not there."""
+        if not (self.folder / path).exists():
+            next(make for pattern, make in RECIPES if re.fullmatch(pattern, path))(self, path)
 
     def python(self, code: str) -> None:
         self.run(sys.executable, "-c", code)
@@ -136,15 +120,40 @@ class World:
         shutil.copytree(self.folder / source, self.folder / target)
 
 
+def mentioned(pattern: str, text: str) -> list[str]:
+    """Paths of a pattern that a text names, or names something in."""
+    return [found[0] for found in re.finditer(rf"(?<![\w./-])(?:{pattern})(?![\w.-])", text)]
+
+
+def writes(command: str) -> list[str]:
+    """Where a command says, or is known, to write."""
+    paths = [path.rstrip("/") for path in re.findall(r"(?:--out[ =]|--publish[ =]|run\.dir=|cat > )(\S+)", command)]
+    if (found := re.search(r"distmtl init (\S+)", command)) and "--out" not in command:
+        paths.append(f"{Path(found[1]).stem}-distmtl")
+    if (found := re.search(r"distmtl train (\S+)\.yaml", command)) and "run.dir=" not in command:
+        name = re.search(r" name=(\S+)", command)
+        paths.append(f"runs/{name[1] if name else Path(found[1]).name}")
+    if found := re.search(r"python make_(\w+)\.py", command):
+        paths.append(f"data/{found[1]}")
+    return paths
+
+
+def cut(folder: Path) -> None:
+    """Leave of every folder of Parquet files what trains in seconds."""
+    for place in {file.parent for file in folder.rglob("*.parquet")}:
+        files, most = sorted(place.glob("*.parquet")), ROWS if place.name == "train" else ROWS // 8
+        if sum(pq.read_metadata(file).num_rows for file in files) > most:
+            rows = pq.read_table(place).slice(0, most)
+            for file in files:
+                file.unlink()
+            pq.write_table(rows, files[0], row_group_size=ROWS // 16)
+
+
 def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _words(command: str) -> list[str]:
-    return shlex.split(command, comments=True)
 
 
 def _synth(options: str) -> Callable[[World, str], None]:
@@ -187,18 +196,14 @@ def _board(world: World, path: str) -> None:
     (world.folder / path).write_text(BOARD)
 
 
-LOGS = ("data/synthetic", "data/domains", "data/conflict", "data/drift", "data/wide")
+LOGS = {"synthetic": "", "domains": "--domains 3", "conflict": "--conflict", "drift": "--drift --partitions 14", "wide": "--wide"}
 RECIPES: tuple[tuple[str, Callable[[World, str], None]], ...] = (
-    (r"data/synthetic", _synth(f"--rows {ROWS}")),
-    (r"data/domains", _synth(f"--rows {ROWS} --domains 3")),
-    (r"data/conflict", _synth(f"--rows {ROWS} --conflict")),
-    (r"data/drift", _synth(f"--rows {ROWS} --drift --partitions 14")),
-    (r"data/wide", _synth(f"--rows {ROWS} --wide")),
+    *((f"data/{name}", _synth(f"--rows {ROWS} {options}")) for name, options in LOGS.items()),
     (r"my\.yaml", _my_config),
     (r"board\.yaml", _board),
     (r"logs(\.csv)?", _logs),
     (r"day=\d+", _day),
-    (r"runs/\w+", _run),
-    (r"exports/\w+", _export),
+    (r"runs/(my|quickstart|synthetic|a|b)", _run),
+    (r"exports/(my|quickstart|synthetic|a|b)", _export),
     (r"data/logs|logs-distmtl", _init),
 )
