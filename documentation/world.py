@@ -76,7 +76,7 @@ class World:
             "RAY_USAGE_STATS_ENABLED": "0",
             "CURL_HOME": str(folder),
         }
-        (folder / ".curlrc").write_text("fail-with-body\n")  # an answer of 4xx is a failure
+        (folder / ".curlrc").write_text("fail\n")  # an answer of 4xx is a failure
         self.need("data/synthetic")
         self.pristine = {*os.listdir(folder), ".made", *(f"data/{name}" for name in LOGS)}
 

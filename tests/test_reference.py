@@ -30,7 +30,7 @@ ALL = sorted({*models(Config), *models(LeaderboardConfig), *models(AnyFusion)}, 
 
 
 def leaves(model: type[Strict]) -> Iterator[type[Strict]]:
-    if not model.__subclasses__() and model.__module__.startswith("distmtl."):
+    if not model.__subclasses__() and model.__module__.startswith("distmtl.config."):
         yield model
     for kind in model.__subclasses__():
         yield from leaves(kind)
