@@ -9,7 +9,7 @@ TORCHREC := torchrec==1.8.0
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow chaos bench bench-check bench-heads bench-quality bench-conflict bench-drift bench-reproduce bench-sizes bench-weighting peers lint clean
+.PHONY: help install install-dev quickstart test docs docs-check test-slow chaos bench bench-check bench-heads bench-quality bench-conflict bench-drift bench-reproduce bench-sizes bench-weighting peers lint clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,14 @@ test: install-dev ## run every test that is not slow and needs no GPU
 
 test-slow: install-dev ## run the slow tests
 	@$(PYTEST) -m "slow and not gpu"
+
+docs: $(VENV)/.installed-docs ## the documentation as a site in build/site; docs/reference is written anew
+	@$(BIN)/python -m documentation.reference
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "built build/site; to read it: $(BIN)/python -m http.server -d build/site"
+
+docs-check: $(VENV)/.installed-docs ## run every command, config and notebook of the documentation; a part of it: SHARD=3/24
+	@$(BIN)/python -m documentation.check $(SHARD)
 
 chaos: install-dev ## 24 random failures against a run on several nodes, on a fixed number of workers, then elastic (root, half an hour)
 	@$(BIN)/python tests/chaos.py --workers 2
@@ -102,4 +110,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the development tools (pytest, ruff, mypy, import-linter)"
 	@$(PIP_INSTALL) -e '.[cpu,dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	@echo "installing what builds and runs the documentation (mkdocs-material, nbclient)"
+	@$(PIP_INSTALL) -e '.[cpu,dev,docs]'
 	@touch $@

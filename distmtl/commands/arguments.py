@@ -11,7 +11,7 @@ from typing import Any
 
 def config_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("config", metavar="CONFIG", help="YAML file")
-    p.add_argument("overrides", nargs="*", metavar="section.key=value")
+    p.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields that differ from the file's")
 
 
 def positive(text: str) -> int:

@@ -12,7 +12,7 @@ EXAMPLE = "distmtl synth --out data/synthetic --rows 600000"
 
 
 def add(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out", required=True, type=Path, metavar="DIR")
+    p.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the log and its configs")
     p.add_argument("--rows", type=int, default=600_000, help="rows of all splits together (default: %(default)s)")
     p.add_argument("--wide", action="store_true", help="24 id features, 2 bags and 8 numbers over tables of up to 2,000,000 rows, instead")
     p.add_argument(
@@ -29,7 +29,7 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("--domains", type=int, help="domains that differ in their signal (default: 1)")
     p.add_argument("--confounding", type=float, help="strength of a hidden cause of both clicks and conversions (default: 0)")
     p.add_argument("--kept-negatives", type=float, help="share of the impressions without a click that the train split keeps (default: 1)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
 
 
 def run(a: argparse.Namespace) -> None:

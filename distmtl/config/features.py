@@ -44,9 +44,13 @@ RESERVED = frozenset(
 )  # fmt: skip
 
 
+NAME = "Feature name; the Parquet column too, unless `column` says otherwise."
+COLUMN = "Parquet column, where it differs from the name."
+
+
 class Embedded(Strict):
-    name: Name = Field(description="Feature name; the Parquet column too, unless `column` says otherwise.")
-    column: str | None = Field(None, description="Parquet column, where it differs from the name.")
+    name: Name = Field(description=NAME)
+    column: str | None = Field(None, description=COLUMN)
     dim: PositiveInt = Field(16, description="Embedding width; a multiple of 4.")
     table: Name | None = Field(None, description="Table read; features with the same table share it. Defaults to the feature's name.")
 
@@ -158,7 +162,7 @@ class SequenceFeature(Ids):
     too_long: Literal["error", "newest", "oldest"] = Field(
         "error", description="Longer lists: refuse, or keep the last or first max_length."
     )
-    pooling: Literal["sum", "mean", "attention", "target"] = "mean"
+    pooling: Literal["sum", "mean", "attention", "target"] = Field("mean", description="How the list becomes one vector.")
     target: Name | None = Field(None, description="Id feature of the same dim that pooling target compares with; one id in every row.")
     attention: Widths = Field((32,), description="Hidden widths of the MLP of pooling target.")
 
@@ -184,7 +188,7 @@ class BucketFeature(Embedded):
 
     kind: Literal["bucket"]
     boundaries: tuple[float, ...] = Field(min_length=1, description="Increasing bucket edges.")
-    dim: PositiveInt = 8
+    dim: PositiveInt = Field(8, description="Embedding width; a multiple of 4.")
 
     @property
     def rows(self) -> int:
@@ -205,11 +209,11 @@ class NumericFeature(Strict):
     """A number used as it is: (log1p if `log`) then (x - mean) / std. A null becomes the mean."""
 
     kind: Literal["numeric"]
-    name: Name
-    column: str | None = None
+    name: Name = Field(description=NAME)
+    column: str | None = Field(None, description=COLUMN)
     log: bool = Field(False, description="Take sign(x)·log(1+|x|) first; mean and std are those of the logarithm.")
-    mean: float = 0.0
-    std: PositiveFloat = 1.0
+    mean: float = Field(0.0, description="Subtracted; a null counts as the mean.")
+    std: PositiveFloat = Field(1.0, description="Divided by, after the mean is subtracted.")
 
     @property
     def width(self) -> int:
@@ -228,8 +232,8 @@ class VectorFeature(Strict):
     """A fixed-size list of floats, such as a pretrained image or text embedding. A null becomes zeros."""
 
     kind: Literal["vector"]
-    name: Name
-    column: str | None = None
+    name: Name = Field(description=NAME)
+    column: str | None = Field(None, description=COLUMN)
     width: PositiveInt = Field(description="Length of every list.")
     project: PositiveInt | None = Field(None, description="A learned linear layer down to so many columns; default: the list as it is.")
 

@@ -8,6 +8,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 
 from distmtl.config.base import Name, Share, Strict, Unit, Widths
 
+DROPOUT = "Share of the hidden units that a training step leaves out."
+EXPERT = "Widths of an expert's layers."
+
 
 class Head(Strict):
     shares: ClassVar[bool] = False  # whether it has a network of all tasks, whose output is a Cut (model/weighting/cut.py)
@@ -21,43 +24,45 @@ class SingleTaskConfig(Head):
     """One network per task over the same embeddings, no dense layer shared."""
 
     kind: Literal["single_task"]
-    bottom: Widths = Field((256, 128), min_length=1)
-    dropout: Unit = 0.0
+    bottom: Widths = Field((256, 128), min_length=1, description="Widths of a task's network.")
+    dropout: Unit = Field(0.0, description=DROPOUT)
 
 
 class SharedBottomConfig(Sharing):
+    """Caruana 1997: one network for all tasks."""
+
     kind: Literal["shared_bottom"]
-    bottom: Widths = Field((256, 128), min_length=1)
-    dropout: Unit = 0.0
+    bottom: Widths = Field((256, 128), min_length=1, description="Widths of the network of all tasks.")
+    dropout: Unit = Field(0.0, description=DROPOUT)
 
 
 class OMoEConfig(Sharing):
     """MMoE with one gate for all tasks."""
 
     kind: Literal["omoe"]
-    num_experts: PositiveInt = 4
-    expert: Widths = Field((256, 128), min_length=1)
-    dropout: Unit = 0.0
+    num_experts: PositiveInt = Field(4, description="Experts, all of them shared.")
+    expert: Widths = Field((256, 128), min_length=1, description=EXPERT)
+    dropout: Unit = Field(0.0, description=DROPOUT)
 
 
 class MMoEConfig(Sharing):
     """Ma et al. 2018: shared experts, one softmax gate per task."""
 
     kind: Literal["mmoe"] = "mmoe"
-    num_experts: PositiveInt = 4
-    expert: Widths = Field((256, 128), min_length=1)
-    dropout: Unit = 0.0
+    num_experts: PositiveInt = Field(4, description="Experts, all of them shared.")
+    expert: Widths = Field((256, 128), min_length=1, description=EXPERT)
+    dropout: Unit = Field(0.0, description=DROPOUT)
 
 
 class PLEConfig(Sharing):
     """Tang et al. 2020: shared and task-specific experts, level by level. One level is CGC."""
 
     kind: Literal["ple"]
-    num_levels: PositiveInt = 2
-    shared_experts: NonNegativeInt = 2
-    task_experts: NonNegativeInt = 2
-    expert: Widths = Field((128,), min_length=1)
-    dropout: Unit = 0.0
+    num_levels: PositiveInt = Field(2, description="Levels of experts and gates, one above the other.")
+    shared_experts: NonNegativeInt = Field(2, description="Experts of all tasks together, in every level.")
+    task_experts: NonNegativeInt = Field(2, description="Experts of every task alone, in every level.")
+    expert: Widths = Field((128,), min_length=1, description=EXPERT)
+    dropout: Unit = Field(0.0, description=DROPOUT)
 
     @model_validator(mode="after")
     def _some_experts(self):
@@ -72,10 +77,10 @@ class CGCConfig(Sharing):
     """PLE with a single level."""
 
     kind: Literal["cgc"]
-    shared_experts: NonNegativeInt = 2
-    task_experts: NonNegativeInt = 2
-    expert: Widths = Field((256, 128), min_length=1)
-    dropout: Unit = 0.0
+    shared_experts: NonNegativeInt = Field(2, description="Experts of all tasks together, in every level.")
+    task_experts: NonNegativeInt = Field(2, description="Experts of every task alone, in every level.")
+    expert: Widths = Field((256, 128), min_length=1, description=EXPERT)
+    dropout: Unit = Field(0.0, description=DROPOUT)
 
     @model_validator(mode="after")
     def _some_experts(self):
@@ -88,8 +93,8 @@ class PluginHeadConfig(Head):
     """A head from the user's own package: called as Target(width, num_tasks, **args), a module (B, width) → T tensors (B, H)."""
 
     kind: Literal["plugin"]
-    target: str = Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:Name")
-    args: dict[str, Any] = {}
+    target: str = Field(pattern=r"^[\w.]+:[\w.]+$", description="Where it is: package.module:Name.")
+    args: dict[str, Any] = Field({}, description="Further arguments of the target.")
 
 
 Network = Annotated[
@@ -110,7 +115,7 @@ class ESCM2Config(Head):
     kind: Literal["escm2"]
     network: Network = Field(SingleTaskConfig(kind="single_task"), description="What the tasks share below their towers.")
     method: Literal["ipw", "dr"] = Field("ipw", description="Inverse propensity weighting, or doubly robust with an imputation tower.")
-    weight: NonNegativeFloat = Field(0.1, description="Of that loss, times the task's own weight.")
+    weight: NonNegativeFloat = Field(0.1, description="Weight of that loss, times the task's own weight.")
     max_weight: Annotated[float, Field(gt=1.0)] = Field(50.0, description="Cap of 1/propensity.")
     self_normalised: bool = Field(False, description="IPW: divide by the sum of the weights instead of the rows (SNIPS).")
 
@@ -125,8 +130,8 @@ class AITMConfig(Head):
     """Xi et al. 2021: a task attends to what its parents pass on. Its tasks with parents have space joint."""
 
     kind: Literal["aitm"]
-    bottom: Widths = Field((256, 128), min_length=1)
-    dropout: Unit = 0.0
+    bottom: Widths = Field((256, 128), min_length=1, description="Widths of a task's network.")
+    dropout: Unit = Field(0.0, description=DROPOUT)
     calibrator: NonNegativeFloat = Field(0.6, description="Weight of mean(max(P(task) - P(parent), 0)).")
 
 
@@ -134,21 +139,23 @@ class DBMTLConfig(Sharing):
     """Wang et al. 2019: a shared bottom, then a network per task that also reads its parents' representation."""
 
     kind: Literal["dbmtl"]
-    bottom: Widths = Field((256,), min_length=1)
-    task: Widths = Field((128,), min_length=1, description="Of every task, over the bottom.")
-    relation: Widths = Field((64,), min_length=1, description="Of every task, over its own and its parents' representation.")
+    bottom: Widths = Field((256,), min_length=1, description="Widths of the network of all tasks.")
+    task: Widths = Field((128,), min_length=1, description="Widths of every task's network, over the bottom.")
+    relation: Widths = Field(
+        (64,), min_length=1, description="Widths of every task's network over its own and its parents' representation."
+    )
     detach_parents: bool = Field(False, description="No gradient of a task into its parents' networks.")
-    dropout: Unit = 0.0
+    dropout: Unit = Field(0.0, description=DROPOUT)
 
 
 class STEMConfig(Sharing):
     """Su et al. 2024: embeddings of each task's own beside shared ones; gates see all experts, only one's own get gradient."""
 
     kind: Literal["stem"]
-    shared_experts: PositiveInt = 1
-    task_experts: PositiveInt = 1
-    expert: Widths = Field((256, 128), min_length=1)
-    dropout: Unit = 0.0
+    shared_experts: PositiveInt = Field(1, description="Experts that read the shared embeddings.")
+    task_experts: PositiveInt = Field(1, description="Experts of every task, which read its own embeddings.")
+    expert: Widths = Field((256, 128), min_length=1, description=EXPERT)
+    dropout: Unit = Field(0.0, description=DROPOUT)
 
 
 class HoMEConfig(Sharing):
@@ -156,10 +163,10 @@ class HoMEConfig(Sharing):
 
     kind: Literal["home"]
     groups: tuple[tuple[Name, ...], ...] = Field((), description="Tasks that resemble each other; default: all in one.")
-    experts: PositiveInt = Field(2, description="Of all tasks together, of every group and of every task.")
-    expert: Widths = Field((256, 128), min_length=1)
+    experts: PositiveInt = Field(2, description="Experts of all tasks together, of every group and of every task.")
+    expert: Widths = Field((256, 128), min_length=1, description=EXPERT)
     feature_rank: PositiveInt = Field(16, description="Rank of the gates on features.")
-    momentum: Share = Field(0.01, description="Of the running statistics of the experts' normalisation.")
+    momentum: Share = Field(0.01, description="Share of a step in the running statistics of the experts' normalisation.")
 
 
 class STARConfig(Sharing):
@@ -167,9 +174,9 @@ class STARConfig(Sharing):
 
     kind: Literal["star"]
     domain: Name = Field(description="Id feature whose value, 0 … rows-1, is a row's domain: one per row.")
-    bottom: Widths = Field((256, 128), min_length=1)
-    auxiliary: Widths = Field((32,), min_length=1, description="Network of the domain's embedding, beside the main one.")
-    momentum: Share = Field(0.01, description="Of the running statistics of the partitioned normalisation.")
+    bottom: Widths = Field((256, 128), min_length=1, description="Widths of the network that a domain's weights multiply.")
+    auxiliary: Widths = Field((32,), min_length=1, description="Widths of the network of the domain's embedding, beside the main one.")
+    momentum: Share = Field(0.01, description="Share of a step in the running statistics of the partitioned normalisation.")
 
 
 class PEPNetConfig(Head):
@@ -178,9 +185,9 @@ class PEPNetConfig(Head):
     kind: Literal["pepnet"]
     domain_features: tuple[Name, ...] = Field(min_length=1, description="Features that say which domain; EPNet's gate reads them.")
     gate_features: tuple[Name, ...] = Field(min_length=1, description="User, item, author …; PPNet's gates read them.")
-    tower: Widths = Field((256, 128), min_length=1, description="Of every task, gated layer by layer.")
-    gate_hidden: PositiveInt = 64
-    dropout: Unit = 0.0
+    tower: Widths = Field((256, 128), min_length=1, description="Widths of every task's network, gated layer by layer.")
+    gate_hidden: PositiveInt = Field(64, description="Hidden width of every gate.")
+    dropout: Unit = Field(0.0, description=DROPOUT)
 
 
 HeadConfig = Annotated[
@@ -207,7 +214,7 @@ class CrossConfig(Strict):
     """DCNv2 (Wang et al. 2021): xₗ₊₁ = x₀ ⊙ (Wₗxₗ + bₗ) + xₗ."""
 
     kind: Literal["cross"]
-    layers: PositiveInt = 2
+    layers: PositiveInt = Field(2, description="Crosses, one after the other.")
     rank: PositiveInt | None = Field(None, description="W as a product of two matrices of this rank; default: a full one.")
 
 

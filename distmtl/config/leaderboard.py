@@ -16,13 +16,13 @@ OF_THE_BOARD = {"name", "data", "weighting", "run", "cluster"}  # sections that 
 class LeaderboardConfig(Strict):
     """Everything that a leaderboard depends on, beside the configs it starts from."""
 
-    name: Name
+    name: Name = Field(description="Name of the board; its folder, too.")
     out: str | None = Field(None, description="Folder of the runs and the table; default leaderboards/<name>.")
     data: dict[Name, str] = Field(min_length=1, description="Data set → the config (YAML) that its runs start from.")
     heads: dict[Name, dict[str, Any]] = Field(
         min_length=1, description="Head → sections merged into that config: `model`, and what else this head needs."
     )
-    weightings: dict[Name, WeightingConfig] = Field({"static": StaticWeighting()}, min_length=1)
+    weightings: dict[Name, WeightingConfig] = Field({"static": StaticWeighting()}, min_length=1, description="Name → section `weighting`.")
     seeds: tuple[int, ...] = Field((0, 1, 2, 3, 4), min_length=1, description="A list of run.seed, or how many: 0 … n-1.")
     select: str | None = Field(
         None,

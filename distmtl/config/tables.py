@@ -12,30 +12,40 @@ ShardingType = Literal["table_wise", "row_wise", "column_wise", "table_row_wise"
 SEQUENCE_SHARDING: tuple[ShardingType, ...] = ("table_wise", "row_wise", "column_wise")  # what TorchRec has for sequences
 
 
+EPS = "Added to the root in the denominator."
+BETAS = "Share of the past in the running means of the gradient and of its square."
+
+
 class SgdTable(Strict):
+    """Stochastic gradient descent, without state."""
+
     kind: Literal["sgd"]
-    lr: PositiveFloat = 0.05
+    lr: PositiveFloat = Field(0.05, description="Learning rate.")
 
 
 class AdagradTable(Strict):
+    """Duchi et al. 2011: a step size of its own for every weight, at the price of the tables' size once more."""
+
     kind: Literal["adagrad"]
-    lr: PositiveFloat = 0.05
-    eps: PositiveFloat = 1e-8
+    lr: PositiveFloat = Field(0.05, description="Learning rate.")
+    eps: PositiveFloat = Field(1e-8, description=EPS)
 
 
 class RowWiseAdagradTable(Strict):
+    """Adagrad by the mean square of a row's gradient: one number of state per row."""
+
     kind: Literal["rowwise_adagrad"] = "rowwise_adagrad"
-    lr: PositiveFloat = 0.05
-    eps: PositiveFloat = 1e-8
+    lr: PositiveFloat = Field(0.05, description="Learning rate.")
+    eps: PositiveFloat = Field(1e-8, description=EPS)
 
 
 class AdamTable(Strict):
     """CUDA only: FBGEMM has no CPU kernel for it."""
 
     kind: Literal["adam"]
-    lr: PositiveFloat = 1e-3
-    betas: tuple[Unit, Unit] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
+    lr: PositiveFloat = Field(1e-3, description="Learning rate.")
+    betas: tuple[Unit, Unit] = Field((0.9, 0.999), description=BETAS)
+    eps: PositiveFloat = Field(1e-8, description=EPS)
 
 
 TableOptimizer = Annotated[SgdTable | AdagradTable | RowWiseAdagradTable | AdamTable, Field(discriminator="kind")]
@@ -44,9 +54,13 @@ TableOptimizer = Annotated[SgdTable | AdagradTable | RowWiseAdagradTable | AdamT
 class TableConfig(Strict):
     """What a table has of its own; everything else follows from `sharding` and `optimizer.tables`."""
 
-    sharding: tuple[ShardingType, ...] | None = Field(None, description="Sharding types the planner may choose for this table.")
-    optimizer: TableOptimizer | None = None
-    init_scale: PositiveFloat | None = Field(None, description="Initial weights are uniform in ±init_scale.")
+    sharding: tuple[ShardingType, ...] | None = Field(
+        None, description="Sharding types the planner may choose for this table; default: `sharding.types`."
+    )
+    optimizer: TableOptimizer | None = Field(None, description="Optimizer of this table; default: `optimizer.tables`.")
+    init_scale: PositiveFloat | None = Field(
+        None, description="Initial weights are uniform in ±init_scale; default: `sharding.init_scale`."
+    )
 
 
 class ShardingConfig(Strict):

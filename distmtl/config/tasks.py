@@ -19,7 +19,7 @@ VALUES = ("rmse", "mae")
 class Task(Strict):
     metrics: ClassVar[tuple[str, ...]] = VALUES  # that train.monitor may name
 
-    name: Name
+    name: Name = Field(description="Task name; the label column too, unless `label` says otherwise.")
     label: str | None = Field(None, description="Label column; defaults to the task's name. A null label is unknown and masked.")
     weight: NonNegativeFloat = Field(1.0, description="λ of this task in the joint loss Σ λ·L.")
     tower: tuple[PositiveInt, ...] = Field((64,), description="Hidden widths of the task's tower.")
@@ -145,7 +145,7 @@ class OrdinalTask(Task):
 
     metrics: ClassVar[tuple[str, ...]] = (*VALUES, "accuracy")
     kind: Literal["ordinal"]
-    levels: Annotated[int, Field(ge=2)]
+    levels: Annotated[int, Field(ge=2)] = Field(description="Number of levels.")
 
     @property
     def outputs(self) -> int:
@@ -157,7 +157,7 @@ class MulticlassTask(Task):
 
     metrics: ClassVar[tuple[str, ...]] = ("logloss", "accuracy")
     kind: Literal["multiclass"]
-    classes: Annotated[int, Field(ge=2)]
+    classes: Annotated[int, Field(ge=2)] = Field(description="Number of classes.")
 
     @property
     def outputs(self) -> int:

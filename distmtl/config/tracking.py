@@ -35,7 +35,7 @@ class MLflowConfig(Strict):
 class WandbConfig(Strict):
     """A run in Weights & Biases. The key is WANDB_API_KEY, or what `wandb login` keeps."""
 
-    project: Text
+    project: Text = Field(description="Project of the run.")
     entity: Text | None = Field(None, description="User or team; default: the key's.")
     mode: Literal["online", "offline"] = Field("online", description="offline: into RUN/wandb, for `wandb sync` later.")
 
@@ -43,5 +43,5 @@ class WandbConfig(Strict):
 class TrackingConfig(Strict):
     """Trackers, by an extra each: pip install 'distmtl[mlflow]', 'distmtl[wandb]'. metrics.jsonl and TensorBoard are always written."""
 
-    mlflow: MLflowConfig | None = None
-    wandb: WandbConfig | None = None
+    mlflow: MLflowConfig | None = Field(None, description="Log to MLflow.")
+    wandb: WandbConfig | None = Field(None, description="Log to Weights & Biases.")

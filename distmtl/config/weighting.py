@@ -45,9 +45,9 @@ class UncertaintyWeighting(LossWeighting):
 
     kind: Literal["uncertainty"]
     form: Literal["kendall", "liebel_koerner"] = Field(
-        "kendall", description="Of the noise's own loss: ½·ln σ², or Liebel and Körner's ln(1 + σ²), never below 0."
+        "kendall", description="The noise's own loss: ½·ln σ², or Liebel and Körner's ln(1 + σ²), never below 0."
     )
-    lr: PositiveFloat = Field(0.01, description="Adam's, for ln σ².")
+    lr: PositiveFloat = Field(0.01, description="Learning rate of Adam, for ln σ².")
 
 
 class DWAWeighting(LossWeighting):
@@ -72,7 +72,7 @@ class IMTLLWeighting(LossWeighting):
     of_positive_losses = True
 
     kind: Literal["imtl_l"]
-    lr: PositiveFloat = Field(0.01, description="Adam's, for the logarithm of the factor.")
+    lr: PositiveFloat = Field(0.01, description="Learning rate of Adam, for the logarithm of the factor.")
 
 
 class FAMOWeighting(LossWeighting):
@@ -81,7 +81,7 @@ class FAMOWeighting(LossWeighting):
     of_positive_losses = True
 
     kind: Literal["famo"]
-    lr: PositiveFloat = Field(0.025, description="Adam's, for the tasks' logits.")
+    lr: PositiveFloat = Field(0.025, description="Learning rate of Adam, for the tasks' logits.")
     weight_decay: NonNegativeFloat = Field(1e-3, description="Pulls the logits to 0.")
     smoothing: Unit = Field(0.5, description="Share of the past in the running mean of ln L that a new loss is compared with.")
 
@@ -102,7 +102,7 @@ class GradNormWeighting(GradientWeighting):
 
     kind: Literal["gradnorm"]
     alpha: NonNegativeFloat = Field(1.5, description="How much more a task that lags behind is pulled; 0: equal norms.")
-    lr: PositiveFloat = Field(0.025, description="Adam's, for λ.")
+    lr: PositiveFloat = Field(0.025, description="Learning rate of Adam, for λ.")
 
 
 class PCGradWeighting(GradientWeighting):

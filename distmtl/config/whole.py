@@ -61,21 +61,21 @@ MONITORS = ("loss", *dict.fromkeys(m for kind in get_args(get_args(TaskConfig)[0
 class Config(Strict):
     """A run. Everything it depends on is here."""
 
-    name: Name
-    data: DataConfig
-    features: tuple[Feature, ...] = Field(min_length=1)
-    tables: dict[str, TableConfig] = {}
-    sharding: ShardingConfig = ShardingConfig()
+    name: Name = Field(description="Name of the run, and of its directory runs/<name>; default: the file's.")
+    data: DataConfig = Field(description="Where the rows are, and in which order they are trained.")
+    features: tuple[Feature, ...] = Field(min_length=1, description="What the model sees of a row.")
+    tables: dict[str, TableConfig] = Field({}, description="Table → what it has of its own; tables follow from the features.")
+    sharding: ShardingConfig = Field(ShardingConfig(), description="How tables may be cut over the workers.")
     interaction: InteractionConfig | None = Field(None, description="Feature crosses, before the head.")
-    model: HeadConfig = MMoEConfig()
-    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
-    weighting: WeightingConfig = StaticWeighting()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig = TrainConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    run: RunConfig = RunConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    model: HeadConfig = Field(MMoEConfig(), description="The head: what the tasks share, and how.")
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="What is predicted.")
+    weighting: WeightingConfig = Field(StaticWeighting(), description="How the tasks' losses are balanced.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="What updates the weights.")
+    train: TrainConfig = Field(TrainConfig(), description="How long, in which steps, and what is kept.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="How metrics are computed.")
+    cluster: ClusterConfig = Field(ClusterConfig(), description="The processes that train.")
+    run: RunConfig = Field(RunConfig(), description="Run directory and seed.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="Where the run's figures go besides.")
 
     @property
     def embedded(self) -> tuple[IdFeature | SequenceFeature | BucketFeature, ...]:

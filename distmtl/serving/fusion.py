@@ -20,24 +20,24 @@ Predictions = dict[str, np.ndarray]
 class Term(Strict):
     """A task's part in the product: (α + p)^β."""
 
-    alpha: float = Field(0.0, ge=0.0)
-    beta: float = 1.0
+    alpha: float = Field(0.0, ge=0.0, description="Added to the prediction.")
+    beta: float = Field(1.0, description="Power of the sum.")
 
 
 class ProductFusion(Strict):
     """Π (αₜ + pₜ)^βₜ · price^γ over the tasks that are named; pₜ the served prediction, a regression's below 0 as 0."""
 
     kind: Literal["product"] = "product"
-    tasks: dict[Name, Term] = Field(min_length=1)
+    tasks: dict[Name, Term] = Field(min_length=1, description="Task → its part in the product.")
     price: str | None = Field(None, description="Number that every candidate gives beside its features, > 0.")
-    gamma: float = 1.0
+    gamma: float = Field(1.0, description="Power of the price.")
 
 
 class LinearFusion(Strict):
     """Σ wₜ·pₜ over the tasks that are named."""
 
     kind: Literal["linear"]
-    tasks: dict[Name, float] = Field(min_length=1)
+    tasks: dict[Name, float] = Field(min_length=1, description="Task → its weight in the sum.")
 
 
 AnyFusion = ProductFusion | LinearFusion
