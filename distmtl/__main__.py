@@ -21,6 +21,7 @@ from distmtl.commands import (
     serve,
     synth,
     train,
+    tune,
     verify,
 )  # fmt: skip
 from distmtl.errors import DistmtlError
@@ -34,6 +35,7 @@ COMMANDS = {
     "health": health,
     "report": report,
     "leaderboard": leaderboard,
+    "tune": tune,
     "export": export,
     "predict": predict,
     "serve": serve,
