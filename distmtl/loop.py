@@ -95,7 +95,7 @@ def train(
                 run.measure_unseen()
             try:
                 run.train()
-            except (DistmtlError, SystemExit):  # all ranks raise it, so all can complete the checkpoint on its way
+            except DistmtlError:  # all ranks raise it, so all can complete the checkpoint on its way
                 with suppress(DistmtlError, RuntimeError):  # the first error is the one to tell
                     run.saver.wait()
                 raise

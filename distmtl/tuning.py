@@ -1,10 +1,10 @@
 """A search's trials, one per point of its space, and what came out of them.
 
-    tuning = load_tuning("configs/tuning/census.yaml")
-    trials = make_trials(tuning)                  # trial 0 is the config as it is; every config is validated
-    …                                             # train trial.config, note the outcome (cluster/tuning.py)
-    search = Search(tuning, trials, conditions)
-    print(search.text()); search.write(folder)    # tune.md, tune.json, best.yaml
+    base = make_base(load_tuning("configs/tuning/census.yaml"))
+    trials = make_trials(base)                           # trial 0 is the config as it is; every config is validated
+    …                                                    # train trial.config, note the outcome (cluster/tuning.py)
+    search = Search(base, trials, tests, conditions)
+    print(search.text()); search.write(folder)           # tune.md, tune.json, best.yaml
 
 Points are those of a scrambled Sobol sequence (Owen 1998), which cover the space more evenly than independent ones do, the more so
 for few trials (Bousquet et al. 2017); the first n of them do not depend on how many there are.
@@ -52,6 +52,72 @@ def load_tuning(path: str | Path, overrides: Sequence[str] = ()) -> TuningConfig
     return tuning.model_copy(update={"config": resolve(tuning.config, path.parent)})
 
 
+def make_base(tuning: TuningConfig) -> Base:
+    """Read the config.
+
+    Raises:
+        DistmtlError: it cannot be read, or has no validation split.
+    """
+    raw = read_mapping(tuning.config)
+    for item in (*tuning.overrides, *([f"train.monitor={tuning.metric}"] if tuning.metric else [])):
+        override(raw, item)
+    whole = parse_file(raw, Path(tuning.config))
+    if not whole.data.validation:
+        raise DistmtlError(f"config {tuning.config}: data.validation is missing: trials are compared by it")
+    return Base(tuning, raw, whole)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The config that is tuned: as its file has it, with the search's overrides, and whole."""
+
+    tuning: TuningConfig
+    raw: dict[str, Any]
+    whole: Config
+
+    @property
+    def monitor(self) -> str:
+        return self.whole.train.monitor
+
+    @property
+    def space(self) -> dict[str, Any]:
+        return self.tuning.space or default_space(self.whole)
+
+    def at(self, point: Point) -> dict[str, Any]:
+        """The file's mapping with a point laid over it, whole sections before keys inside them."""
+        raw, full = deepcopy(self.raw), self.whole.model_dump(mode="json")
+        for key in sorted(point, key=lambda key: key.count(".")):
+            section = key.partition(".")[0]
+            if isinstance(full[section], dict):
+                raw[section] = merge(full[section], raw.get(section) or {})  # a key inside wants the kinds around it said
+            node, leaf = find(raw, key, f"space.{key}")
+            there = node[leaf] if isinstance(node, list) else node.get(leaf)
+            node[leaf] = merge(there, deepcopy(point[key]))
+        return raw
+
+    def config(self, point: Point) -> Config:
+        return parse_file(self.at(point), Path(self.tuning.config))
+
+    def trial(self, number: int, point: Point) -> Config:
+        """Trained on one process, on its own; the test split is not for it to see."""
+        config = self.config(point)
+        train = config.train if "keep" in self.raw.get("train", {}) else config.train.model_copy(update={"keep": 1})
+        cluster = config.cluster.model_copy(update={"workers": type(config.cluster.workers)(min=1, max=1)})
+        run = config.run.model_copy(update={"dir": f"{absolute(self.tuning.folder)}/trials/{number:03d}"})
+        data = config.data.model_copy(update={"test": None})
+        name = f"{self.tuning.name}_{number:03d}"
+        return config.model_copy(update={"name": name, "train": train, "cluster": cluster, "run": run, "data": data})
+
+    def best(self, point: Point) -> dict[str, Any]:
+        """The mapping of a config to train, wherever its file lies: the file's own with the point, its data by absolute paths."""
+        data = self.config(point).data
+        raw = self.at(point)
+        raw["data"] |= {k: getattr(data, k) for k in ("train", "validation", "test") if getattr(data, k)}
+        run = {k: v for k, v in raw.get("run", {}).items() if k != "dir"}
+        raw = {k: v for k, v in raw.items() if k not in ("name", "run")} | ({"run": run} if run else {})
+        return {"name": f"{self.tuning.name}_best", **raw}
+
+
 # --------------------------------------------------------------------------------------------------------------- space
 
 
@@ -62,7 +128,7 @@ def default_space(config: Config) -> dict[str, Any]:
     few = {"int": [1, 4]}
     dense, tables = config.optimizer.dense.lr, config.optimizer.tables.lr
     space: dict[str, Any] = {}
-    if config.model.kind in HEADS and len(config.tasks) > 1 and not any(t.parents for t in config.tasks):
+    if config.model.kind in HEADS and len(config.tasks) > 1:
         heads: list[dict[str, Any]] = [
             {"kind": "shared_bottom", "bottom": {"choice": [[128], [128, 64], [256, 128], [512, 256]]}, "dropout": dropout},
             {"kind": "mmoe", "num_experts": {"choice": [2, 4, 8]}, "expert": wide, "dropout": dropout},
@@ -136,7 +202,7 @@ State = Literal["waiting", "finished", "stopped", "failed"]
 
 @dataclass
 class Trial:
-    """A point, its config, and how far it came. Only trials that are waiting, or have failed, are trained."""
+    """A point, its config, and how far it came. Those that are waiting are trained."""
 
     number: int
     point: Point
@@ -169,7 +235,7 @@ class Trial:
             case "stopped":
                 return f"stopped by asha at step {last.step} of {last.of}" if last else "stopped by asha"
             case "finished":
-                return "by early stopping" if last and last.step < last.of else "finished"
+                return f"early stopping at step {last.step} of {last.of}" if last and last.step < last.of else "finished"
         return f"at step {last.step} of {last.of}" if last else "not begun"
 
 
@@ -200,14 +266,13 @@ def read_log(folder: Path, monitor: str) -> tuple[list[Evaluation], float]:
     return evaluations, seconds + now - began
 
 
-def make_trials(tuning: TuningConfig) -> list[Trial]:
+def make_trials(base: Base) -> list[Trial]:
     """Every trial with its config. All of the space is validated, also what no trial shows.
 
     Raises:
-        DistmtlError: the config that is tuned cannot be read, or the points whose configs are wrong, each with its mistake.
+        DistmtlError: points of the space that are no configs, each with its mistake.
     """
-    base = make_base(tuning)
-    space = base.space
+    tuning, space = base.tuning, base.space
     points: list[Point] = [{}, *sample(space, tuning.seed, tuning.trials - 1)]
     mistakes: dict[str, Point] = {}
     for point in [*points, *extremes(space)]:
@@ -219,6 +284,11 @@ def make_trials(tuning: TuningConfig) -> list[Trial]:
         lines = [f"  - {mistake}, with {describe(point)}" for mistake, point in mistakes.items()]
         raise DistmtlError("\n".join([f"tune {tuning.name}: not every point of the space is a config", *lines[:20]]))
     trials = [Trial(i, point, base.trial(i, point)) for i, point in enumerate(points)]
+    if base.whole.train.eval_every and len({t.config.train.global_batch_size for t in trials}) > 1:
+        raise DistmtlError(
+            f"tune {tuning.name}: with train.eval_every, in steps, trials of other batch sizes have seen other numbers of rows at the same "
+            "evaluation; leave it out, or train.global_batch_size out of the space"
+        )
     if base.monitor == "loss" and len({str(_terms(t.config)) for t in trials}) > 1:
         raise DistmtlError(
             f"tune {tuning.name}: the loss has not the same terms in all trials and cannot compare them; set metric, to auc for example"
@@ -229,72 +299,6 @@ def make_trials(tuning: TuningConfig) -> list[Trial]:
 def _terms(config: Config) -> list[Any]:
     terms = Terms(config)
     return [terms.names, terms.coefficients, *({k: getattr(t, k, None) for k in ("focal", "pos_weight")} for t in config.tasks)]
-
-
-@dataclass(frozen=True)
-class Base:
-    """The config that is tuned: as its file has it, with the search's overrides, and whole."""
-
-    tuning: TuningConfig
-    raw: dict[str, Any]
-    whole: Config
-
-    @property
-    def monitor(self) -> str:
-        return self.whole.train.monitor
-
-    @property
-    def space(self) -> dict[str, Any]:
-        return self.tuning.space or default_space(self.whole)
-
-    def at(self, point: Point) -> dict[str, Any]:
-        """The file's mapping with a point laid over it, whole sections before keys inside them."""
-        raw, full = deepcopy(self.raw), self.whole.model_dump(mode="json")
-        for key in sorted(point, key=lambda key: key.count(".")):
-            section = key.partition(".")[0]
-            if isinstance(full[section], dict):
-                raw[section] = merge(full[section], raw.get(section) or {})  # a key inside wants the kinds around it said
-            node, leaf = find(raw, key, f"space.{key}")
-            there = node[leaf] if isinstance(node, list) else node.get(leaf)
-            node[leaf] = merge(there, deepcopy(point[key]))
-        return raw
-
-    def config(self, point: Point) -> Config:
-        return parse_file(self.at(point), Path(self.tuning.config))
-
-    def trial(self, number: int, point: Point) -> Config:
-        """Trained on one process, on its own; the test split is not for it to see."""
-        config = self.config(point)
-        train = config.train if "keep" in self.raw.get("train", {}) else config.train.model_copy(update={"keep": 1})
-        cluster = config.cluster.model_copy(update={"workers": type(config.cluster.workers)(min=1, max=1)})
-        run = config.run.model_copy(update={"dir": f"{absolute(self.tuning.folder)}/trials/{number:03d}"})
-        data = config.data.model_copy(update={"test": None})
-        name = f"{self.tuning.name}_{number:03d}"
-        return config.model_copy(update={"name": name, "train": train, "cluster": cluster, "run": run, "data": data})
-
-    def best(self, point: Point) -> dict[str, Any]:
-        """The mapping of a config to train, wherever its file lies: the file's own with the point, its data by absolute paths."""
-        data = self.config(point).data
-        raw = self.at(point)
-        raw["data"] |= {k: getattr(data, k) for k in ("train", "validation", "test") if getattr(data, k)}
-        run = {k: v for k, v in raw.get("run", {}).items() if k != "dir"}
-        raw = {k: v for k, v in raw.items() if k not in ("name", "run")} | ({"run": run} if run else {})
-        return {"name": f"{self.tuning.name}_best", **raw}
-
-
-def make_base(tuning: TuningConfig) -> Base:
-    """Read the config.
-
-    Raises:
-        DistmtlError: it cannot be read, or has no validation split.
-    """
-    raw = read_mapping(tuning.config)
-    for item in (*tuning.overrides, *([f"train.monitor={tuning.metric}"] if tuning.metric else [])):
-        override(raw, item)
-    whole = parse_file(raw, Path(tuning.config))
-    if not whole.data.validation:
-        raise DistmtlError(f"config {tuning.config}: data.validation is missing: trials are compared by it")
-    return Base(tuning, raw, whole)
 
 
 def former(tuning: TuningConfig) -> dict[str, Any]:
@@ -322,13 +326,14 @@ class Search:
     """What the trials show, complete or not.
 
     Args:
+        base: the config that is tuned.
         tests: trial → its metrics on the test split, of the trials that were the best of all at the end of a command.
         conditions: what else there is to say about how it was made, line by line.
     """
 
-    def __init__(self, tuning: TuningConfig, trials: Sequence[Trial], tests: Mapping[int, dict[str, Any]], conditions: Sequence[str] = ()):
-        self.tuning, self.trials, self.tests, self.conditions = tuning, trials, tests, list(conditions)
-        self.monitor = trials[0].config.train.monitor
+    def __init__(self, base: Base, trials: Sequence[Trial], tests: Mapping[int, dict[str, Any]], conditions: Sequence[str] = ()):
+        self.base, self.trials, self.tests, self.conditions = base, trials, tests, list(conditions)
+        self.tuning, self.monitor = base.tuning, base.monitor
 
     @property
     def ranked(self) -> list[Trial]:
@@ -405,7 +410,7 @@ class Search:
             ended = sum(t.state == "finished" for t in self.trials)
             about = [f"Of tune {self.tuning.name}, {ended} of whose {len(self.trials)} trials were trained to their end."]
             comment = "".join(f"# {line}\n" for line in [*about, *self.verdict.splitlines(), *self.conditions, "  distmtl train best.yaml"])
-            write_whole(folder / "best.yaml", f"{comment}\n{dump_mapping(make_base(self.tuning).best(self.best.point))}")
+            write_whole(folder / "best.yaml", f"{comment}\n{dump_mapping(self.base.best(self.best.point))}")
 
 
 def headline(metrics: Mapping[str, Mapping[str, Any]]) -> str:

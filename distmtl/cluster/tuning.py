@@ -33,7 +33,7 @@ from distmtl.metrics import higher_is_better
 from distmtl.progress import duration
 from distmtl.run_directory import continuation, finished
 from distmtl.storage import place, remove_tree
-from distmtl.tuning import Search, Trial, describe, former, make_base, make_trials, read_log
+from distmtl.tuning import Base, Search, Trial, describe, former, make_base, make_trials, read_log
 from distmtl.versions import git_commit, versions
 
 Say = Callable[[str], None]
@@ -59,19 +59,20 @@ def run_tuning(tuning: TuningConfig, say: Say = print) -> Search:
     """
     refuse_fleeting(tuning.folder, "out")
     found = former(tuning)
-    trials = make_trials(tuning)
-    _look(tuning, trials, found)
+    base = make_base(tuning)
+    trials = make_trials(base)
+    _look(base, trials, found)
     scheduler = Asha(tuning.scheduler, trials) if tuning.scheduler else FIFOScheduler()
     folder, tests = place(tuning.folder), {int(n): metrics for n, metrics in found.get("tests", {}).items()}
 
     def search() -> Search:
-        return Search(tuning, trials, tests, _conditions(tuning))
+        return Search(base, trials, tests, _conditions(base))
 
     search().write(folder)
-    waiting = [t for t in trials if t.state in ("waiting", "failed")]
+    waiting = [t for t in trials if t.state == "waiting"]
     for line in _introduction(tuning, trials, waiting):
         say(line)
-    untested = make_base(tuning).whole.data.test
+    untested = base.whole.data.test
     if waiting or (untested and (best := search().best) and best.number not in tests):
         cluster = max((t.config.cluster for t in waiting or trials), key=lambda c: c.cpus_per_worker)
         with session(cluster.model_copy(update={"workers": Workers(min=1, max=tuning.parallel or 1)})):
@@ -86,7 +87,7 @@ def run_tuning(tuning: TuningConfig, say: Say = print) -> Search:
     return search()
 
 
-def _look(tuning: TuningConfig, trials: Sequence[Trial], found: dict[str, Any]) -> None:
+def _look(base: Base, trials: Sequence[Trial], found: dict[str, Any]) -> None:
     """Check the data against every trial's config, and take from the runs and from tune.json how far the trials came.
 
     Raises:
@@ -96,7 +97,7 @@ def _look(tuning: TuningConfig, trials: Sequence[Trial], found: dict[str, Any]) 
     from distmtl.model.head import Head
     from distmtl.model.layout import Layout
 
-    splits = open_splits(make_base(tuning).whole)
+    splits = open_splits(base.whole)
     digests = {split: data.digest for split, data in splits.items() if split != "test"}
     seen, states = [trials[0].config.features], {t["trial"]: t["state"] for t in found.get("trials", [])}
     for trial in trials:
@@ -106,9 +107,9 @@ def _look(tuning: TuningConfig, trials: Sequence[Trial], found: dict[str, Any]) 
             seen.append(config.features)
         if config.model.kind == "plugin":  # the user's own code: better it fails here
             Head(config, Layout.of(config))
-        continuation(config, "auto", splits["train"])
         trial.look(finished(config, digests))
-        if trial.state == "waiting" and states.get(trial.number) == "stopped":
+        continuation(config, "auto", splits["train"])
+        if trial.state == "waiting" and states.get(trial.number) == "stopped":  # those that failed are tried again
             trial.state = "stopped"
 
 
@@ -178,13 +179,22 @@ def train_trial(settings: dict[str, Any]) -> dict[str, Any]:
 
     def report(record: dict[str, Any]) -> None:
         if "monitored" in record and record["step"] < record["of"]:
-            tune.report(told())
+            try:
+                tune.report(told())
+            except SystemExit as e:  # Ray Tune ends this thread; the loop is to complete the checkpoint on its way first
+                raise Stopped from e
 
     try:
         train(config, report=report, checked=True)
+    except Stopped:
+        raise SystemExit(0) from None
     except DistmtlError as e:
         return told() | {"error": str(e)}
     return told()
+
+
+class Stopped(DistmtlError):
+    """The trial is not worth going on with."""
 
 
 class Asha(ASHAScheduler):
@@ -243,7 +253,8 @@ class Watch(tune.Callback):
         self._note(_number(trial), trial.last_result.get("error"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._note(_number(trial), f"its process died {ATTEMPTS} times: {last_line(trial.get_error() or RuntimeError('it was killed'))}")
+        error = trial.get_pickled_error() or trial.get_error()
+        self._note(_number(trial), f"its process died {ATTEMPTS} times: {last_line(error)}")
 
     def _note(self, number: int, error: str | None) -> None:
         search = self.search()
@@ -288,12 +299,12 @@ def _evaluate(run: str, data: str) -> dict[str, Any]:
     return evaluate(run, data)["data"]
 
 
-def _conditions(tuning: TuningConfig) -> list[str]:
+def _conditions(base: Base) -> list[str]:
     """How it was made."""
     return [
         f"command: {shlex.join(['distmtl', *sys.argv[1:]])}",
-        f"config: {'/'.join(Path(tuning.config).parts[-2:])}; {' and '.join(tuning.overrides) or 'no'} overrides",
-        f"seeds: {tuning.seed} of the points, {make_base(tuning).whole.run.seed} of every trial",
+        f"config: {'/'.join(Path(base.tuning.config).parts[-2:])}; {' and '.join(base.tuning.overrides) or 'no'} overrides",
+        f"seeds: {base.tuning.seed} of the points, {base.whole.run.seed} of every trial",
         f"commit: {git_commit()}",
         f"versions: {', '.join(f'{k} {v}' for k, v in versions().items())}",
         f"machine: {os.cpu_count()} CPUs ({platform.machine()})",

@@ -74,7 +74,8 @@ def test_readme_and_docs_name_only_what_exists():
         text = page.read_text()
         for found in re.findall(
             r"(?:^    |`|&& |# |-- |-m )"
-            r"(distmtl (?:synth|prepare|init|train|evaluate|verify|plan|health|report|leaderboard|config|doctor|export|predict|serve)\b"
+            r"(distmtl (?:synth|prepare|init|train|evaluate|verify|plan|health|report|leaderboard|tune|config|doctor|export|predict|"
+            r"serve)\b"
             r"[^`\n#&]*)",
             text,
             flags=re.M,
