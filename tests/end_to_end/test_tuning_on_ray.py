@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_a_search_that_is_killed_goes_on(tiny_data, tmp_path):
     os.kill(int(begin["workers"][0].rsplit(" ", 1)[1]), signal.SIGKILL)  # that trial goes on in another process
     text, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    assert f"{6 - len(ended)} to train" in text and "[6/6]" in text
+    assert int(re.search(r"(\d+) to train", text)[1]) <= 6 - len(ended) and "[6/6]" in text  # another may have ended before the kill
     trials = found(out)["trials"]
     assert [trials[n] for n in ended] == [before[n] for n in ended]
     assert {n: (out / "trials" / f"{n:03d}" / "metrics.jsonl").read_bytes() for n in ended} == logs, "what had ended was touched"
