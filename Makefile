@@ -24,7 +24,7 @@ quickstart: install ## generate the synthetic log and train MMoE on two Ray Trai
 	@$(BIN)/distmtl train data/synthetic/mmoe.yaml --workers 2 run.dir=runs/quickstart
 
 test: install-dev ## run every test that is not slow and needs no GPU
-	@$(PYTEST) -m "not slow and not gpu"
+	@$(PYTEST) -n 2 --dist loadgroup -m "not slow and not gpu"
 
 test-slow: install-dev ## run the slow tests
 	@$(PYTEST) -m "slow and not gpu"

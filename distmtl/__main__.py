@@ -21,6 +21,7 @@ from distmtl.commands import (
     serve,
     synth,
     train,
+    tune,
     verify,
     watch,
 )  # fmt: skip
@@ -36,6 +37,7 @@ COMMANDS = {
     "watch": watch,
     "report": report,
     "leaderboard": leaderboard,
+    "tune": tune,
     "export": export,
     "predict": predict,
     "serve": serve,

@@ -110,6 +110,11 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, value in items for k, v in flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}
 
 
+def dump_mapping(raw: dict[str, Any]) -> str:
+    """A config as a person would write it, what it leaves out left out."""
+    return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=140)
+
+
 def parse_yaml(text: str) -> Any:
     """YAML as it is meant: a key given twice is an error, and 1e-3 is a number.
 
@@ -150,40 +155,73 @@ def override(raw: dict[str, Any], item: str) -> None:
         DistmtlError: not of that form, or no such place.
     """
     key, sep, value = item.partition("=")
-    *parents, leaf = key.strip().split(".")
-    if not sep or not all((*parents, leaf)):
+    if not sep:
         raise DistmtlError(f"override {item!r} is not section.key=value")
-    node: Any = raw
-    for i, part in enumerate(parents):
-        node = _enter(node, part, ".".join(parents[:i]), item)
+    node, leaf = find(raw, key.strip(), f"override {item!r}")
     try:
-        parsed = parse_yaml(value)
+        node[leaf] = parse_yaml(value)
     except yaml.YAMLError as e:
         raise DistmtlError(f"override {item!r}: the value is not valid YAML: {_yaml_mistake(e)}") from None
-    if isinstance(node, list):
-        node[_index(node, leaf, ".".join(parents), item)] = parsed
-    else:
-        node[leaf] = parsed
 
 
-def _enter(node: Any, part: str, where: str, item: str) -> Any:
+def find(raw: dict[str, Any], key: str, what: str) -> tuple[Any, Any]:
+    """Where `section.key` is, or is to be: the mapping or list that holds it, and its key or index there.
+
+    Args:
+        what: what an error is said to be of.
+
+    Raises:
+        DistmtlError: no such place.
+    """
+    *parents, leaf = key.split(".")
+    if not all((*parents, leaf)):
+        raise DistmtlError(f"{what} is not section.key=value")
+    node: Any = raw
+    for i, part in enumerate(parents):
+        node = _enter(node, part, ".".join(parents[:i]), what)
+    return node, _index(node, leaf, ".".join(parents), what) if isinstance(node, list) else leaf
+
+
+def _enter(node: Any, part: str, where: str, what: str) -> Any:
     if isinstance(node, list):
-        return node[_index(node, part, where, item)]
+        return node[_index(node, part, where, what)]
     if node.get(part) is None:
         node[part] = {}
     if not isinstance(node[part], dict | list):
-        raise DistmtlError(f"override {item!r}: {'.'.join(filter(None, (where, part)))} is a plain value and has no fields")
+        raise DistmtlError(f"{what}: {'.'.join(filter(None, (where, part)))} is a plain value and has no fields")
     return node[part]
 
 
-def _index(node: list[Any], part: str, where: str, item: str) -> int:
+def _index(node: list[Any], part: str, where: str, what: str) -> int:
     """An element of a list, by number or by its `name`."""
     names = [n.get("name") if isinstance(n, dict) else None for n in node]
     if part in names:
         return names.index(part)
     if part.isdecimal() and int(part) < len(node):
         return int(part)
-    raise DistmtlError(f"override {item!r}: {where} has no element {part!r}{did_you_mean(part, [n for n in names if n])}")
+    raise DistmtlError(f"{what}: {where} has no element {part!r}{did_you_mean(part, [n for n in names if n])}")
+
+
+def merge(base: Any, change: Any) -> Any:
+    """`change` laid over `base`, key by key, elements of lists by their `name`; another `kind` replaces the whole section."""
+    if isinstance(base, dict) and isinstance(change, dict) and change.get("kind", base.get("kind")) == base.get("kind"):
+        return base | {k: merge(base[k], v) if k in base else v for k, v in change.items()}
+    if _named(base) and _named(change):
+        changes = {c["name"]: c for c in change}
+        merged = [merge(b, changes.pop(b["name"])) if b["name"] in changes else b for b in base]
+        return merged + list(changes.values())
+    return change
+
+
+def _named(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) and isinstance(v.get("name"), str) for v in value)
+
+
+def in_a_line(error: Exception) -> str:
+    """An error as one line: a list of mistakes without its heading."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    listed = "; ".join(line.strip().removeprefix("- ") for line in rest)
+    return listed if listed and "mistake" in first else f"{first}: {listed}" if listed else first
 
 
 def resolve(path: str | None, base: Path) -> str | None:

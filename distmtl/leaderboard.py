@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -27,11 +26,12 @@ from scipy.special import stdtrit
 
 from distmtl.config import Config, did_you_mean
 from distmtl.config.leaderboard import LeaderboardConfig
-from distmtl.config_file import name_of, override, parse_as, parse_file, read_mapping, resolve
+from distmtl.config_file import in_a_line, merge, name_of, override, parse_as, parse_file, read_mapping, resolve
 from distmtl.errors import DistmtlError
 from distmtl.metrics import COLUMNS, higher_is_better
-from distmtl.run_directory import config_of, write_json
-from distmtl.storage import absolute, place, write_whole
+from distmtl.run_directory import write_json
+from distmtl.storage import absolute, write_whole
+from distmtl.tabulate import aligned, piped
 
 CONFIDENCE = 0.95
 
@@ -109,64 +109,6 @@ def _refuse(board: LeaderboardConfig, config: Config) -> None:
             raise DistmtlError(f"metrics.{task}: no task {task!r}{did_you_mean(task, tasks)}")
         if metric not in tasks[task].metrics:
             raise DistmtlError(f"metrics.{task}: {metric!r} is not one of {', '.join(tasks[task].metrics)}")
-
-
-def merge(base: Any, change: Any) -> Any:
-    """`change` laid over `base`, key by key, elements of lists by their `name`; another `kind` replaces the whole section."""
-    if isinstance(base, dict) and isinstance(change, dict) and change.get("kind", base.get("kind")) == base.get("kind"):
-        return base | {k: merge(base[k], v) if k in base else v for k, v in change.items()}
-    if _named(base) and _named(change):
-        changes = {c["name"]: c for c in change}
-        merged = [merge(b, changes.pop(b["name"])) if b["name"] in changes else b for b in base]
-        return merged + list(changes.values())
-    return change
-
-
-def _named(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) and isinstance(v.get("name"), str) for v in value)
-
-
-def in_a_line(error: Exception) -> str:
-    """An error as one line: a list of mistakes without its heading."""
-    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
-    listed = "; ".join(line.strip().removeprefix("- ") for line in rest)
-    return listed if listed and "mistake" in first else f"{first}: {listed}" if listed else first
-
-
-def finished(config: Config, digests: dict[str, str]) -> dict[str, Any] | None:
-    """The result of the run in run.dir, if it came to its end.
-
-    Args:
-        digests: split → digest of the data as they are now.
-
-    Raises:
-        DistmtlError: the run is of another config, though it may be one that `distmtl train` would continue, or of other data.
-    """
-    folder = place(config.run_dir)
-    if not (folder / "config.yaml").exists():
-        return None
-    then, now = _what_counts(config_of(folder)), _what_counts(config)
-    if differing := sorted(section for section in then if then[section] != now[section]):
-        raise DistmtlError(
-            f"run.dir {folder} was made with another config ({', '.join(differing)}); delete it, or give the board another out"
-        )
-    file = folder / "result.json"
-    if not file.exists():
-        return None
-    result = json.loads(file.read_text())
-    if result["stopped"]:
-        return None
-    if changed := sorted(split for split in digests if digests[split] != result["data"].get(split)):
-        which = " and ".join(f"data.{split}" for split in changed)
-        raise DistmtlError(f"{which} changed since the run in {folder} was made; delete it, or give the board another out")
-    return result
-
-
-def _what_counts(config: Config) -> dict[str, Any]:
-    """A config without where and how it is run."""
-    raw = config.model_dump(mode="json", exclude={"name": True, "cluster": True, "run": {"dir"}})
-    raw["train"] = {k: v for k, v in raw["train"].items() if k not in ("log_every", "keep", "save_in_background")}
-    return raw
 
 
 # ---------------------------------------------------------------------------------------------------------------- table
@@ -287,16 +229,16 @@ class Table:
 
     def text(self) -> str:
         """For a terminal: every data set's table, aligned, its failed cells, the chosen one; then the conditions."""
-        return "\n\n".join([*(self._section(data, _aligned) for data in self.board.data), "\n".join(self.conditions)])
+        return "\n\n".join([*(self._section(data, aligned) for data in self.board.data), "\n".join(self.conditions)])
 
     def markdown(self) -> str:
-        sections = [f"## {data}\n\n{self._section(data, _piped)}" for data in self.board.data]
+        sections = [f"## {data}\n\n{self._section(data, piped)}" for data in self.board.data]
         return "\n\n".join([f"# {self.board.name}", *sections, "\n".join(f"- {c}" for c in self.conditions)]) + "\n"
 
     def _section(self, data: str, layout: Any) -> str:
         tasks, monitor = self.tasks(data), self.monitor(data)
         head, weighting = self.board.base
-        in_full = layout is _piped  # a terminal is too narrow for every task's gain
+        in_full = layout is piped  # a terminal is too narrow for every task's gain
         title = ["", "head", "weighting", f"validation {monitor}"]
         for t, m in tasks.items():
             title += [f"{t} {_name(m)}", *([f"Δ {t} %"] if in_full else [])]
@@ -324,7 +266,7 @@ class Table:
                 f"{len(row.seeds)}/{len(self.board.seeds)}",
             ]
             lines.append(line)
-        out = [layout(title, lines)] if lines else ["no run is finished"]
+        out = [layout(title, lines, left=(1, 2))] if lines else ["no run is finished"]
         if lines:
             out.append(
                 f"* chosen by validation {monitor}; ≈ not told apart from it there (95 %, paired by seed). Test metrics: mean ± 95 % "
@@ -442,16 +384,3 @@ def _plain(row: Row, chosen: bool) -> dict[str, Any]:
         "train_seconds": row.seconds,
         "parameters": row.parameters,
     }
-
-
-def _aligned(title: list[str], lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(title, *lines, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i in (1, 2) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-        for line in (title, *lines)
-    )
-
-
-def _piped(title: list[str], lines: list[list[str]]) -> str:
-    rule = ["---" if i in (1, 2) else "---:" for i in range(len(title))]
-    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in (title, rule, *lines))

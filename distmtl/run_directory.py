@@ -281,6 +281,40 @@ def _former_name(config: Config, old: Config) -> Any:
     return former
 
 
+def finished(config: Config, digests: dict[str, str]) -> dict[str, Any] | None:
+    """The result of the run in run.dir, if it came to its end.
+
+    Args:
+        digests: split → digest of the data as they are now.
+
+    Raises:
+        DistmtlError: the run is of another config, though it may be one that `distmtl train` would continue, or of other data.
+    """
+    folder = place(config.run_dir)
+    if not (folder / "config.yaml").exists():
+        return None
+    then, now = _what_counts(config_of(folder)), _what_counts(config)
+    if differing := sorted(section for section in then if then[section] != now[section]):
+        raise DistmtlError(f"run.dir {folder} was made with another config ({', '.join(differing)}); delete it, or choose another out")
+    file = folder / "result.json"
+    if not file.exists():
+        return None
+    result = json.loads(file.read_text())
+    if result["stopped"]:
+        return None
+    if changed := sorted(split for split in digests if digests[split] != result["data"].get(split)):
+        which = " and ".join(f"data.{split}" for split in changed)
+        raise DistmtlError(f"{which} changed since the run in {folder} was made; delete it, or choose another out")
+    return result
+
+
+def _what_counts(config: Config) -> dict[str, Any]:
+    """A config without where and how it is run."""
+    raw = config.model_dump(mode="json", exclude={"name": True, "cluster": True, "run": {"dir"}})
+    raw["train"] = {k: v for k, v in raw["train"].items() if k not in ("log_every", "keep", "save_in_background")}
+    return raw
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     write_whole(path, json.dumps(value, indent=1) + "\n")
 

@@ -48,7 +48,7 @@ PORTS = {"watch": "8765", "tensorboard": "6006"}  # where no --port says another
 SECONDS = 6
 TAKES = (
     (r"distmtl (train|predict .*--workers)", 25),
-    (r"distmtl (serve|leaderboard|verify)", 40),
+    (r"distmtl (serve|leaderboard|tune|verify)", 40),
     (r"distmtl report(?!.*--no-model)", 15),
     (r"make quickstart", 40),
     (r"make docs|pytest|benchmarks\.|torchrun", 25),

@@ -3,6 +3,7 @@
 IN_CI = ".ci/run runs it"
 LONG = "takes minutes to hours on a quiet machine"
 CLUSTER = "starts a Ray cluster on fixed ports; tests/test_local_cluster.py and tests/end_to_end/test_jobs.py run it"
+NEEDS_CENSUS = "needs data/census, of raw files that nobody may pass on; benchmarks/results/tune_census.md is what came out"
 RAW_FILES = "needs raw files that nobody may pass on; tests/test_prepare.py runs it on files of their form"
 
 EXCUSED = {
@@ -27,4 +28,6 @@ EXCUSED = {
     "pip install 'distmtl[mlflow]' 'distmtl[wandb]'": "is for who has distmtl from a package index",
     "kubectl apply -f launch/kuberay/rayjob.yaml": "needs a Kubernetes cluster; tests/test_launch.py reads the file",
     "distmtl prepare census-income --source ~/census --out data/census": RAW_FILES,
+    "distmtl tune configs/tuning/census.yaml": NEEDS_CENSUS,
+    "distmtl train tunes/census/best.yaml": NEEDS_CENSUS,
 }

@@ -14,6 +14,7 @@ from typing import Any
 from distmtl.__main__ import parser
 from distmtl.config import Config, Strict
 from distmtl.config.leaderboard import LeaderboardConfig
+from distmtl.config.tuning import TuningConfig
 from distmtl.serving.fusion import FUSION
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
@@ -39,13 +40,14 @@ def config_page() -> str:
     page.lines += [
         "# Config reference",
         "",
-        "Every section and field of what `distmtl train`, `distmtl leaderboard` and `distmtl serve --fusion` read, written from the code.",
+        "Every section and field of what `distmtl train`, `distmtl leaderboard`, `distmtl tune` and `distmtl serve --fusion` read, written from the code.",
         "Unknown keys are refused. `distmtl config my.yaml` prints a config with every default filled in. On the command line",
         "`section.key=value` overrides a field, of a list's element by its name: `tasks.click.weight=0.5`.",
         "",
     ]
     page.whole("A run", Config)
     page.whole("A leaderboard", LeaderboardConfig)
+    page.whole("A search", TuningConfig)
     fusion = FUSION.json_schema(ref_template="{model}")
     page.models |= fusion["$defs"]
     page.field("fusion", fusion, level=2)

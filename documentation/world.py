@@ -52,6 +52,13 @@ seeds: 1
 overrides: [train.steps=4]
 """
 
+SEARCH = """\
+name: search
+config: my.yaml
+trials: 2
+overrides: [train.steps=4]
+"""
+
 
 class World:
     """A folder that looks like a checkout after `make install`."""
@@ -196,11 +203,17 @@ def _board(world: World, path: str) -> None:
     (world.folder / path).write_text(BOARD)
 
 
+def _search(world: World, path: str) -> None:
+    world.need("my.yaml")
+    (world.folder / path).write_text(SEARCH)
+
+
 LOGS = {"synthetic": "", "domains": "--domains 3", "conflict": "--conflict", "drift": "--drift --partitions 14", "wide": "--wide"}
 RECIPES: tuple[tuple[str, Callable[[World, str], None]], ...] = (
     *((f"data/{name}", _synth(f"--rows {ROWS} {options}")) for name, options in LOGS.items()),
     (r"my\.yaml", _my_config),
     (r"board\.yaml", _board),
+    (r"search\.yaml", _search),
     (r"logs(\.csv)?", _logs),
     (r"day=\d+", _day),
     (r"runs/(my|quickstart|synthetic|a|b)", _run),

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 torch.set_num_threads(1)
+STARTS_RAY = ("test_local_cluster.py", "test_launch.py")  # beside all of end_to_end
 STARTS_RAY = ("test_local_cluster.py", "test_launch.py")
 
 
@@ -27,3 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group("ray" if folder == "end_to_end" or item.path.name in STARTS_RAY else item.path.name))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: a file stays in one process, and all that start Ray in the same one, for two Ray clusters that
+    start on one machine find each other."""
+    for item in items:
+        ray = item.path.parent.name == "end_to_end" or item.path.name in STARTS_RAY
+        item.add_marker(pytest.mark.xdist_group("ray" if ray else item.path.name))

@@ -13,9 +13,10 @@ import scipy.stats
 import tiny
 import yaml
 
-from distmtl.config_file import dump_config, load_config, override, parse_config
+from distmtl.config_file import dump_config, in_a_line, load_config, merge, override, parse_config
 from distmtl.errors import DistmtlError
-from distmtl.leaderboard import Cell, Key, Mean, Table, finished, in_a_line, load_leaderboard, make_cells, merge
+from distmtl.leaderboard import Cell, Key, Mean, Table, load_leaderboard, make_cells
+from distmtl.run_directory import finished
 
 ROOT = Path(__file__).parents[1]
 HEADS = {
@@ -120,7 +121,7 @@ def test_a_finished_run_of_another_config_or_of_other_data_is_not_taken(tmp_path
     for key, section in (("train.steps=3", "train"), ("train.monitor=click.auc", "train"), ("evaluation.exact_rows=7", "evaluation")):
         raw = config.model_dump(mode="json")
         override(raw, key)
-        with pytest.raises(DistmtlError, match=rf"was made with another config \({section}\); delete it, or give the board another out"):
+        with pytest.raises(DistmtlError, match=rf"was made with another config \({section}\); delete it, or choose another out"):
             finished(parse_config(raw), digests)
     with pytest.raises(DistmtlError, match="data.test changed since the run in"):
         finished(config, digests | {"test": "d"})

@@ -12,6 +12,7 @@ import pytest
 from distmtl import config
 from distmtl.config import Config, Strict
 from distmtl.config.leaderboard import LeaderboardConfig
+from distmtl.config.tuning import TuningConfig
 from distmtl.serving.fusion import AnyFusion
 from documentation import reference
 
@@ -26,7 +27,7 @@ def models(annotation: Any) -> Iterator[type[Strict]]:
         yield from models(part)
 
 
-ALL = sorted({*models(Config), *models(LeaderboardConfig), *models(AnyFusion)}, key=lambda m: m.__name__)
+ALL = sorted({*models(Config), *models(LeaderboardConfig), *models(TuningConfig), *models(AnyFusion)}, key=lambda m: m.__name__)
 
 
 def leaves(model: type[Strict]) -> Iterator[type[Strict]]:

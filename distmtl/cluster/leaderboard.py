@@ -15,15 +15,16 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from distmtl.cluster.places import nodes, worker_resources
+from distmtl.cluster.places import places_for_one, worker_resources
 from distmtl.cluster.supervision import last_line
 from distmtl.cluster.trainer import refuse_fleeting, session, use_gpu, work
 from distmtl.config import Workers
 from distmtl.config.leaderboard import LeaderboardConfig
+from distmtl.config_file import in_a_line
 from distmtl.errors import DistmtlError
-from distmtl.leaderboard import Cell, Key, Table, finished, in_a_line, make_cells
+from distmtl.leaderboard import Cell, Key, Table, make_cells
 from distmtl.progress import duration
-from distmtl.run_directory import continuation
+from distmtl.run_directory import continuation, finished
 from distmtl.storage import is_remote, place
 from distmtl.versions import git_commit, versions
 
@@ -57,10 +58,7 @@ def run_leaderboard(board: LeaderboardConfig, say: Say = print) -> Table:
         cluster = max((c.runs[s].cluster for s, c in runs), key=lambda cluster: cluster.cpus_per_worker)
         with session(cluster.model_copy(update={"workers": Workers(min=1, max=board.parallel or 1)})):
             resources = worker_resources(cluster, use_gpu(cluster))
-            room = sum(node.total for node in nodes(resources))
-            if not room:
-                asked = " and ".join(f"{n} {k}" for k, n in resources.items())
-                raise DistmtlError(f"no node of the cluster has {asked}, which a run takes; lower cluster.cpus_per_worker, or add a node")
+            room = places_for_one(resources)
             slots = min(board.parallel or room, room, len(runs))
             say(f"training {slots} at a time, {' and '.join(f'{n} {k}' for k, n in resources.items())} each")
             spent: list[float] = []

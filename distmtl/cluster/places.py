@@ -9,6 +9,7 @@ import ray
 from ray._private.state import available_resources_per_node, state
 
 from distmtl.config import ClusterConfig
+from distmtl.errors import DistmtlError
 
 CONNECT_S = 1.0  # a node that takes longer to answer is not counted on
 
@@ -43,6 +44,18 @@ def nodes(worker: dict[str, int]) -> list[Node]:
         for n in ray.nodes()
         if n["Alive"] and answers(n["NodeManagerAddress"], n["NodeManagerPort"])
     ]
+
+
+def places_for_one(worker: dict[str, int]) -> int:
+    """How many workers of one each could run at a time, at most.
+
+    Raises:
+        DistmtlError: none could.
+    """
+    if room := sum(node.total for node in nodes(worker)):
+        return room
+    asked = " and ".join(f"{n} {k}" for k, n in worker.items())
+    raise DistmtlError(f"no node of the cluster has {asked}, which a run takes; lower cluster.cpus_per_worker, or add a node")
 
 
 def _fitting(resources: dict[str, float], worker: dict[str, int]) -> int:

@@ -109,14 +109,14 @@ def _trainer(config: Config, settings: dict[str, Any], workers: int, worker: dic
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in worker, resources_per_worker=worker),
         run_config=RunConfig(
             name="train",
-            **_storage(place(config.run_dir) / "ray"),
+            **storage(place(config.run_dir) / "ray"),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),  # the Supervisor restarts
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
 
 
-def _storage(folder: Path) -> dict[str, Any]:
+def storage(folder: Path) -> dict[str, Any]:
     """Where Ray keeps its own little state; no weights are in it."""
     if not is_remote(folder):
         return {"storage_path": str(folder)}
