@@ -40,7 +40,7 @@ def config_page() -> str:
     page.lines += [
         "# Config reference",
         "",
-        "Every section and field of what `distmtl train`, `distmtl leaderboard`, `distmtl tune` and `distmtl serve --fusion` read, written from the code.",
+        "Every section and field of what `distmtl train`, `leaderboard`, `tune` and `serve --fusion` read, written from the code.",
         "Unknown keys are refused. `distmtl config my.yaml` prints a config with every default filled in. On the command line",
         "`section.key=value` overrides a field, of a list's element by its name: `tasks.click.weight=0.5`.",
         "",

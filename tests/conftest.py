@@ -23,14 +23,6 @@ def tiny_data(tmp_path_factory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `pytest -n 2 --dist loadgroup`: a file stays in one process, and all that start Ray in the same one, for two Ray clusters of one
-    machine find each other."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group("ray" if folder == "end_to_end" or item.path.name in STARTS_RAY else item.path.name))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `pytest -n 2 --dist loadgroup`: a file stays in one process, and all that start Ray in the same one, for two Ray clusters that
     start on one machine find each other."""
     for item in items:
