@@ -38,7 +38,7 @@ from distmtl.optim import Optimizers
 from distmtl.progress import Progress, Report, print_record
 from distmtl.run_directory import CALIBRATION, ResumePolicy, changes, is_own, open_run, same_model, write_json
 from distmtl.saving import Saver
-from distmtl.stopping import Request, asked, forget, steps_between_looks
+from distmtl.stopping import GivenUp, Request, asked, forget, steps_between_looks
 from distmtl.storage import absolute, place, write_whole
 from distmtl.tracking.trackers import require_trackers
 from distmtl.versions import git_commit, versions
@@ -98,7 +98,7 @@ def train(
                 run.train()
                 result = run.finish()
             except DistmtlError as e:  # all ranks raise it, so all can complete the checkpoint on its way
-                progress.say("failed", step=run.state.step, text=str(e))
+                progress.say("stopped" if isinstance(e, GivenUp) else "failed", step=run.state.step, text=str(e))
                 with suppress(DistmtlError, RuntimeError):  # the first error is the one to tell
                     run.saver.wait()
                 raise
@@ -342,7 +342,7 @@ class Training:
             write_json(self.folder / "result.json", result)
             if self.stopped and self.asked:
                 forget(self.folder, self.asked)  # not before: who is killed while saving is still to stop
-        self.progress.say("end", step=state.step, result=result)
+        self.progress.say("end", step=state.step, result=result, moves=self.asked == Request.MOVE)
         return result
 
     # ------------------------------------------------------------------------------------------------ parts of a step

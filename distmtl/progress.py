@@ -95,9 +95,9 @@ def describe(record: Record) -> str | None:
             tasks = "  ".join(f"{task} {headline(m)}" for task, m in r["metrics"].items())
             best = "  (best so far)" if r.get("best") else ""
             return f"step {r['step']:>6}/{r['of']}  {r['split']}  loss {r['loss']:.4f}  {tasks}{best}"
-        case "note" | "failed":
+        case "note":
             return r["text"]
-    return None
+    return None  # why it failed is said by who meets the error
 
 
 def print_record(record: Record) -> None:

@@ -296,11 +296,8 @@ def finished(config: Config, digests: dict[str, str]) -> dict[str, Any] | None:
     then, now = _what_counts(config_of(folder)), _what_counts(config)
     if differing := sorted(section for section in then if then[section] != now[section]):
         raise DistmtlError(f"run.dir {folder} was made with another config ({', '.join(differing)}); delete it, or choose another out")
-    file = folder / "result.json"
-    if not file.exists():
-        return None
-    result = json.loads(file.read_text())
-    if result["stopped"]:
+    result = read_json(folder / "result.json")
+    if result is None or result["stopped"]:
         return None
     if changed := sorted(split for split in digests if digests[split] != result["data"].get(split)):
         which = " and ".join(f"data.{split}" for split in changed)
@@ -309,10 +306,15 @@ def finished(config: Config, digests: dict[str, str]) -> dict[str, Any] | None:
 
 
 def _what_counts(config: Config) -> dict[str, Any]:
-    """A config without where and how it is run."""
-    raw = config.model_dump(mode="json", exclude={"name": True, "cluster": True, "run": {"dir"}})
+    """A config without where and how it is run, and who is told."""
+    raw = config.model_dump(mode="json", exclude={"name": True, "cluster": True, "tracking": True, "run": {"dir"}})
     raw["train"] = {k: v for k, v in raw["train"].items() if k not in ("log_every", "keep", "save_in_background")}
     return raw
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

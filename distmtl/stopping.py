@@ -16,6 +16,8 @@ from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 
+from distmtl.errors import DistmtlError
+
 LOOK_EVERY_S = 1.0  # how often the loop looks for a file; every look costs a small broadcast
 
 
@@ -25,6 +27,10 @@ class Request(StrEnum):
     STOP = "STOP"
     MOVE = "MOVE"
     SAVE = "SAVE"
+
+
+class GivenUp(DistmtlError):
+    """Raised by who is told of the progress: the run is not worth going on with. The checkpoint on its way is completed."""
 
 
 @dataclass

@@ -31,6 +31,7 @@ from distmtl.model.loss import Terms
 from distmtl.run_directory import write_json
 from distmtl.storage import absolute, place, write_whole
 from distmtl.tabulate import aligned, piped
+from distmtl.tracking.log import LOG, read_log
 
 DIGITS = 3  # of a drawn number
 HEADS = ("single_task", "shared_bottom", "omoe", "mmoe", "cgc", "ple", "dbmtl", "stem", "home")  # that any other of them may replace
@@ -222,7 +223,7 @@ class Trial:
 
     def look(self, result: dict[str, Any] | None) -> None:
         """Take from the run's log how far it came, and from its result, if it has one, how it ended."""
-        self.evaluations, self.seconds = read_log(place(self.config.run_dir), self.config.train.monitor)
+        self.evaluations, self.seconds = read_evaluations(place(self.config.run_dir), self.config.train.monitor)
         if result:
             self.state = "finished"
 
@@ -247,16 +248,12 @@ class Evaluation:
     best: float  # of the monitored metric, in all evaluations so far: a run is worth its best checkpoint
 
 
-def read_log(folder: Path, monitor: str) -> tuple[list[Evaluation], float]:
+def read_evaluations(folder: Path, monitor: str) -> tuple[list[Evaluation], float]:
     """Evaluations of the validation split that a run's log holds, in order, and the seconds that the run was at work. A step that was
     evaluated again, after a restart, counts once."""
-    log = folder / "metrics.jsonl"
     evaluations: list[Evaluation] = []
     seconds, began, now = 0.0, 0.0, 0.0
-    for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else ():
-        if not line.endswith("\n"):
-            break  # cut off
-        record = json.loads(line)
+    for record in read_log(folder / LOG):
         if record["kind"] == "start":
             seconds, began = seconds + now - began, record["time"]
         now = record["time"]

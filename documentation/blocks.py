@@ -16,6 +16,8 @@ from markdown_it import MarkdownIt
 from yaml import YAMLError
 
 from distmtl.config import Config
+from distmtl.config.leaderboard import LeaderboardConfig
+from distmtl.config.tuning import TuningConfig
 from distmtl.config_file import parse_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +27,8 @@ PROGRAMS = (
     "tensorboard|mlflow|wandb|prometheus|grafana-server|nvidia-smi"
 )
 COMMAND = re.compile(rf"(\$ )?([A-Z_]+=\S* +)*(({PROGRAMS})(\s|$)|(\./)?(\.venv|launch|\.ci)/)")
-FRAGMENT = {*Config.model_fields, "heads", "weightings", "fusion"}  # keys by which a block is known to be of a config
+# Keys by which a block is known to be of a config.
+FRAGMENT = {*Config.model_fields, *LeaderboardConfig.model_fields, *TuningConfig.model_fields, "fusion"}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 from distmtl.config import Feature
 from distmtl.config.leaderboard import LeaderboardConfig
-from distmtl.config_file import parse_as, parse_config, parse_yaml, read_mapping
-from distmtl.leaderboard import merge
+from distmtl.config.tuning import TuningConfig
+from distmtl.config_file import merge, parse_as, parse_config, parse_yaml, read_mapping
 from distmtl.serving.fusion import parse_fusion
 from documentation.blocks import ROOT, Block
 
@@ -22,7 +22,9 @@ def check(block: Block) -> None:
     if isinstance(content, list):
         content = {"features" if content[0]["kind"] in _kinds(Feature) else "tasks": content}
     if "heads" in content:
-        parse_as(LeaderboardConfig, {"data": {"any": "any.yaml"}, **content}, block.where)
+        parse_as(LeaderboardConfig, {"name": "my", "data": {"any": "any.yaml"}, **content}, block.where)
+    elif "space" in content:
+        parse_as(TuningConfig, {"name": "my", **content}, block.where)
     elif content.keys() == {"fusion"}:
         parse_fusion(content["fusion"])
     elif {"data", "features", "tasks"} <= content.keys():

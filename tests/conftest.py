@@ -11,7 +11,6 @@ import torch
 
 torch.set_num_threads(1)
 STARTS_RAY = ("test_local_cluster.py", "test_launch.py")  # beside all of end_to_end
-STARTS_RAY = ("test_local_cluster.py", "test_launch.py")
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from distmtl.cluster.places import Node
 from distmtl.config import ClusterConfig
 from distmtl.errors import DistmtlError
 from distmtl.stopping import Request, ask
+from distmtl.tracking.log import LogWriter, read_log
 
 
 @pytest.fixture(autouse=True)
@@ -291,3 +292,23 @@ def test_a_cluster_that_died_is_not_waited_for(tmp_path, monkeypatch):
         (tmp_path / "ray_current_cluster").write_text(address)
         assert trainer._cluster_here() == address
     assert trainer._cluster_here() == "local"
+
+
+def test_the_log_is_passed_on_from_where_the_last_attempt_ended(tmp_path):
+    """Half a line that a crash left is cut off by the next attempt: nothing is told twice, nothing torn."""
+    log, got = tmp_path / "metrics.jsonl", []
+    log.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a": ')
+    with trainer.passing_on(log, got.append):
+        writer = LogWriter(log)
+        for i in (3, 4):
+            writer.take({"a": i})
+        writer.close()
+    assert got == [{"a": 3}, {"a": 4}]
+
+
+def test_what_ended_the_attempts_is_in_the_log(tmp_path):
+    (log := tmp_path / "metrics.jsonl").write_text('{"kind": "start"}\n')
+    with pytest.raises(DistmtlError), trainer.last_word(log):
+        Cluster(tmp_path, *[KILLED] * 9, max_failures=1).run()
+    *_, last = read_log(log)
+    assert last["kind"] == "failed" and "cluster.max_failures=1 allows no further restart: rank 1: killed" in last["text"]

@@ -54,13 +54,16 @@ def test_blocks_are_what_they_look_like(tmp_path, monkeypatch):
 
 
 def test_every_command_parses_and_every_config_is_valid():
+    configs = set()
     for page in pages():
         for block in blocks_of(page):
             if block.kind == "yaml":
                 fragments.check(block)
+                configs.add(block.page)
             words = shlex.split(block.plain, comments=True) if block.kind == "command" else []
             if words and words[0].endswith("distmtl"):
                 parse([w for w in words[1:] if w != "&"])
+    assert configs >= {f"docs/{name}.md" for name in ("data", "leaderboard", "serving", "tracking", "tune")}
 
 
 def test_every_excuse_is_of_a_command_that_is_there():

@@ -118,6 +118,8 @@ def test_a_finished_run_of_another_config_or_of_other_data_is_not_taken(tmp_path
     assert finished(config, digests) is None, "it was stopped before its end"
     (tmp_path / "run" / "result.json").write_text(json.dumps({"stopped": False, "data": digests}))
     assert finished(config, digests) == {"stopped": False, "data": digests}
+    tracked = tiny.config(Path(), tmp_path / "run", tracking={"mlflow": {"uri": "file:///mlruns"}})
+    assert finished(tracked, digests), "who is told of a run makes it no other"
     for key, section in (("train.steps=3", "train"), ("train.monitor=click.auc", "train"), ("evaluation.exact_rows=7", "evaluation")):
         raw = config.model_dump(mode="json")
         override(raw, key)

@@ -17,6 +17,7 @@ from pages import Page
 
 from distmtl.__main__ import main
 from distmtl.config_file import dump_config
+from distmtl.progress import describe
 from distmtl.reporting.gathering import RunLog, read_run
 from distmtl.storage import place
 from distmtl.watching import browser, terminal
@@ -51,13 +52,22 @@ class Written:
         metrics = {"click": {"auc": 0.75, "logloss": 0.5}, "conversion": {"auc": None}, "rating": {"rmse": 0.3}}
         self.say("evaluation", step=step, of=40, split="validation", loss=0.6, metrics=metrics, best=True)
 
-    def end(self, stopped: bool = False) -> None:
-        self.say("end", step=40, result={"stopped": stopped})
+    def end(self, stopped: bool = False, moves: bool = False) -> None:
+        self.say("end", step=40, result={"stopped": stopped}, moves=moves)
 
 
 @pytest.fixture
 def written(tiny_data, tmp_path) -> Written:
     return Written(tmp_path / "run", dump_config(tiny.config(tiny_data, tmp_path / "run")))
+
+
+@pytest.fixture
+def looked(monkeypatch) -> threading.Event:
+    """Set when the watcher has read how the run stands, however long that took."""
+    event = threading.Event()
+    monkeypatch.setattr(terminal, "EVERY_S", 0.02)
+    monkeypatch.setattr(terminal, "page", lambda *arguments: (page(*arguments), event.set())[0])
+    return event
 
 
 def test_the_page_says_how_a_run_stands(written):
@@ -109,14 +119,14 @@ def test_a_growing_log_is_read_once_and_whole_lines_only(written):
     assert [r["step"] for r in got] == list(range(200)) and log.reader.position == written.log.stat().st_size
 
 
-def test_without_a_terminal_it_prints_lines_until_the_end(written, monkeypatch, capsys):
-    monkeypatch.setattr(terminal, "EVERY_S", 0.02)
+def test_without_a_terminal_it_prints_lines_until_the_end(written, looked, capsys):
     written.train(5)
 
     def go_on() -> None:
+        looked.wait()
         for step in (10, 40):
-            time.sleep(0.1)
             written.train(step)
+            time.sleep(0.1)
         written.end()
 
     thread = threading.Thread(target=go_on)
@@ -127,6 +137,47 @@ def test_without_a_terminal_it_prints_lines_until_the_end(written, monkeypatch, 
     first, lines = out[: out.index("step     10/40")], out.splitlines()
     assert "step 5 of 40" in first and lines[-1] == f"{written.folder}: complete"
     assert [line.split()[1] for line in lines if re.match("step .*samples/s", line)] == ["10/40", "40/40"]
+
+
+def test_a_failure_is_printed_once(written, looked, capsys):
+    def fail() -> None:
+        looked.wait()
+        written.say("failed", step=5, text="the loss of click is not finite")
+
+    threading.Thread(target=fail).start()
+    assert main(["watch", str(written.folder)]) == 1
+    assert capsys.readouterr().out.endswith(f"\n{written.folder}: failed: the loss of click is not finite\n")
+    assert main(["watch", str(written.folder)]) == 1
+    assert capsys.readouterr().out.count("the loss of click is not finite") == 1, "it had failed before"
+    assert describe({"kind": "failed", "text": "said by who meets the error"}) is None
+
+
+def test_what_is_an_end_and_what_is_not(written):
+    """A run that moves to other workers goes on; one that a search gives up does not, and has not failed."""
+    log = RunLog(str(written.folder))
+    written.end(stopped=True, moves=True)
+    log.refresh()
+    assert outcome(log) is None
+    written.start(40)
+    written.end(stopped=True)
+    log.refresh()
+    assert outcome(log) == "stopped"
+    written.start(40)
+    written.say("stopped", step=50, text="given up by the search")
+    log.refresh()
+    assert outcome(log) == "stopped" and log.events[-1]["kind"] == "stopped"
+
+
+def test_another_run_in_its_place_is_begun_with(written):
+    """However long its log is by the time that one looks."""
+    log = RunLog(str(written.folder))
+    written.log.unlink()
+    assert log.refresh() == [] and log.records == []
+    written.start(0)
+    for step in range(5, 40, 5):
+        written.train(step)
+    log.refresh()
+    assert [r.get("step") for r in log.records] == list(range(0, 40, 5))
 
 
 def test_a_followed_run_is_one(written, tiny_data, tmp_path):
@@ -201,3 +252,5 @@ def test_what_cannot_be_watched_is_one_sentence(written, tmp_path, capsys):
         assert main(["watch", str(written.folder), "--browser", "--port", str(taken.getsockname()[1])]) == 1
     assert "choose another with --port" in capsys.readouterr().err
     assert main(["watch", str(written.folder), "--browser", "--port", "99999"]) == 1
+    assert main(["watch", str(written.folder), "--port", "0"]) == 1
+    assert "--port is where --browser serves" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import threading
 
 from ray.util.metrics import Counter, Gauge
 
+from distmtl.following import IN_CHAIN
 from distmtl.run_directory import PARTITIONS
 from distmtl.tracking.records import Record
 
@@ -58,7 +59,8 @@ class TrainingMetrics:
     """
 
     def __init__(self, run_dir: str):
-        self.run = run_dir.partition(f"/{PARTITIONS}/")[0]
+        whole, _, partition = run_dir.rpartition(f"/{PARTITIONS}/")
+        self.run = whole if IN_CHAIN.fullmatch(partition) else run_dir
         self.gauges = {name: Gauge(name, tag_keys=labels) for name, labels in LABELS.items() if name != ROWS}
         self.rows = Counter(ROWS, "Rows trained, those too that a failure undid", tag_keys=LABELS[ROWS])
         self.counted = 0

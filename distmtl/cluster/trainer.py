@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from distmtl.following import Publish, Until, follow
 from distmtl.progress import Report, print_record
 from distmtl.run_directory import ResumePolicy, open_run
 from distmtl.storage import absolute, is_remote, place
-from distmtl.tracking.log import LOG, LogReader
+from distmtl.tracking.log import LOG, LogReader, add_to_log
 from distmtl.tracking.trackers import require_trackers
 
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
@@ -78,13 +79,15 @@ def train_on_ray(
     settings = {"resume": "auto" if resume == "never" else resume, "policy": policy, "continue_from": continue_from}
     with session(config.cluster), passing_on(folder / LOG, report):
         worker = worker_resources(config.cluster, use_gpu=use_gpu(config.cluster))
-        outcome = Supervisor(
+        supervisor = Supervisor(
             config.cluster,
             folder,
             attempt=lambda workers: _trainer(config, settings, workers, worker).fit().return_value,
             places=lambda: nodes(worker),
             report=report,
-        ).run()
+        )
+        with last_word(folder / LOG):
+            outcome = supervisor.run()
     if "error" in outcome:
         raise DistmtlError(outcome["error"])
     return outcome["result"]
@@ -229,15 +232,17 @@ def use_gpu(cluster: ClusterConfig) -> bool:
 @contextmanager
 def passing_on(log: Path, report: Report) -> Iterator[None]:
     """Pass on the records that rank 0 appends to the log, wherever it runs."""
-    reader = LogReader(log, log.stat().st_size if log.exists() else 0)
+    reader = LogReader(log)
+    reader.read()  # of former attempts; half a line that a crash left at the end is cut off by the next one
     done = threading.Event()
 
     def follow() -> None:
         last = False
         while not last:
             last = done.wait(0.2)
-            for record in reader.read():
-                report(record)
+            with suppress(OSError):  # a store that does not answer is asked again
+                for record in reader.read():
+                    report(record)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -246,6 +251,17 @@ def passing_on(log: Path, report: Report) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def last_word(log: Path) -> Iterator[None]:
+    """Why no further attempt is made goes into the log, which its workers could not say any more."""
+    try:
+        yield
+    except DistmtlError as e:
+        with suppress(OSError):  # the first error is the one to tell
+            add_to_log(log, {"kind": "failed", "time": round(time.time(), 3), "text": str(e)})
+        raise
 
 
 def refuse_fleeting(folder: str, key: str) -> None:

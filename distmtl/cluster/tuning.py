@@ -7,7 +7,6 @@ evaluations of the runs' logs, in the order in which they were made, and Ray Tun
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -20,6 +19,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray.exceptions import RayError
+from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from distmtl.cluster.places import places_for_one, worker_resources
@@ -31,9 +31,10 @@ from distmtl.config_file import in_a_line, parse_config
 from distmtl.errors import DistmtlError
 from distmtl.metrics import higher_is_better
 from distmtl.progress import duration
-from distmtl.run_directory import continuation, finished
+from distmtl.run_directory import continuation, finished, read_json
+from distmtl.stopping import GivenUp
 from distmtl.storage import place, remove_tree
-from distmtl.tuning import Base, Search, Trial, describe, former, make_base, make_trials, read_log
+from distmtl.tuning import Base, Search, Trial, describe, former, make_base, make_trials, read_evaluations
 from distmtl.versions import git_commit, versions
 
 Say = Callable[[str], None]
@@ -131,7 +132,11 @@ def _introduction(tuning: TuningConfig, trials: Sequence[Trial], waiting: Sequen
 
 
 def _train(waiting: Sequence[Trial], resources: dict[str, int], slots: int, scheduler: FIFOScheduler, folder: Path, watch: Watch) -> None:
-    """Under Ray Tune, in order, those that have begun first."""
+    """Under Ray Tune, in order, those that have begun first.
+
+    Raises:
+        DistmtlError: Ray Tune, or the cluster, ended.
+    """
     order = sorted(waiting, key=lambda t: (not t.evaluations, t.number))
     os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
     scratch = folder / "ray"  # Ray Tune's own little state
@@ -154,6 +159,8 @@ def _train(waiting: Sequence[Trial], resources: dict[str, int], slots: int, sche
                 name="tune", **storage(scratch), verbose=0, callbacks=[watch], failure_config=tune.FailureConfig(max_failures=ATTEMPTS - 1)
             ),
         ).fit()
+    except (TuneError, RayError) as e:
+        raise DistmtlError(f"Ray Tune ended before the search did: {last_line(e)}; the same command continues it") from e
     finally:
         remove_tree(scratch)
 
@@ -174,7 +181,7 @@ def train_trial(settings: dict[str, Any]) -> dict[str, Any]:
     (folder / "result.json").unlink(missing_ok=True)  # of a config that was another
 
     def told() -> dict[str, Any]:
-        evaluations, _ = read_log(folder, monitor)
+        evaluations, _ = read_evaluations(folder, monitor)
         return {"evaluations": len(evaluations), "best": evaluations[-1].best if evaluations else float("nan")}
 
     def report(record: dict[str, Any]) -> None:
@@ -182,19 +189,15 @@ def train_trial(settings: dict[str, Any]) -> dict[str, Any]:
             try:
                 tune.report(told())
             except SystemExit as e:  # Ray Tune ends this thread; the loop is to complete the checkpoint on its way first
-                raise Stopped from e
+                raise GivenUp("given up by the search: others were better by then") from e
 
     try:
         train(config, report=report, checked=True)
-    except Stopped:
+    except GivenUp:
         raise SystemExit(0) from None
     except DistmtlError as e:
         return told() | {"error": str(e)}
     return told()
-
-
-class Stopped(DistmtlError):
-    """The trial is not worth going on with."""
 
 
 class Asha(ASHAScheduler):
@@ -260,8 +263,8 @@ class Watch(tune.Callback):
         search = self.search()
         trial = search.trials[number]
         before = trial.seconds
-        file = place(trial.config.run_dir) / "result.json"
-        trial.look(json.loads(file.read_text(encoding="utf-8")) if file.exists() and not error else None)
+        result = read_json(place(trial.config.run_dir) / "result.json")
+        trial.look(None if error or (result and result["stopped"]) else result)
         if error:
             trial.state, trial.why = "failed", in_a_line(DistmtlError(error))
         elif trial.state == "waiting":

@@ -7,7 +7,7 @@ import json
 import signal
 from collections.abc import Generator, Sequence
 
-from distmtl.commands.arguments import positive
+from distmtl.commands.arguments import names, positive
 
 HELP = "Score Parquet with an export, in the same order; bad rows go aside with a reason. The same command continues."
 EXAMPLE = "distmtl predict exports/synthetic --data data/synthetic/test --out predictions"
@@ -18,7 +18,7 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data", required=True, metavar="PATH", help="a file, a folder or a glob, local or remote")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--workers", type=positive, default=1, metavar="N", help="Ray workers; 1: this process alone (default: %(default)s)")
-    p.add_argument("--keep", type=lambda text: text.split(","), default=[], metavar="COLUMN[,…]", help="columns of the data to keep")
+    p.add_argument("--keep", type=names, default=[], metavar="COLUMN[,…]", help="columns of the data to keep")
     p.add_argument(
         "--max-rejected", type=share, default=0.01, metavar="SHARE", help="it stops where more rows cannot be scored (default: %(default)s)"
     )  # fmt: skip

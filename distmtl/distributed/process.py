@@ -76,6 +76,7 @@ def quieten() -> None:
     for name in ("torchrec", "torch.fx", "torch.fx._symbolic_trace", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # Arrow's, which the reader only reads
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"torch(rec)?(\.|$)|fbgemm_gpu|tensordict")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from distmtl.config import Config
 from distmtl.config_file import flat
 from distmtl.errors import DistmtlError
 from distmtl.health_page import History, history_of
-from distmtl.run_directory import PARTITIONS, config_of
+from distmtl.run_directory import PARTITIONS, config_of, read_json
 from distmtl.storage import place
 from distmtl.tracking.log import LOG, LogReader, counted, read_log
 from distmtl.tracking.records import Record
 
-SAID = ("start", "note", "failed", "end")  # kinds of records that tell what happened
+SAID = ("start", "note", "failed", "stopped", "end")  # kinds of records that tell what happened
 
 
 @dataclass(frozen=True)
@@ -164,10 +163,6 @@ def moved(record: Record, offset: int, partition: str | None) -> Record:
     """As one of a longer log."""
     out = {**record, "step": record["step"] + offset} if "step" in record else dict(record)
     return out if partition is None else {**out, "partition": partition}
-
-
-def read_json(file: Path) -> Record | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def config_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

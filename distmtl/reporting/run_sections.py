@@ -310,7 +310,7 @@ def _said(event: dict[str, Any]) -> str:
     lines = event["text"].splitlines()
     if event["kind"] == "start":
         return f"{where}start: {'; '.join(lines[:2])}"
-    return where + ("failed: " if event["kind"] == "failed" else "") + "\n".join(lines)
+    return where + (f"{event['kind']}: " if event["kind"] in ("failed", "stopped") else "") + "\n".join(lines)
 
 
 def plan(runs: Sequence[Run]) -> Section:

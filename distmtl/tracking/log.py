@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from distmtl.storage import is_remote
 from distmtl.tracking.records import Record
 
 LOG = "metrics.jsonl"
@@ -46,7 +47,7 @@ class LogReader:
         try:
             size = self.log.stat().st_size
         except FileNotFoundError:
-            return []
+            size = 0
         self.another = size < self.position
         if self.another:
             self.position = 0
@@ -76,6 +77,19 @@ def counted(records: Iterable[Record], before: Iterable[Record] = ()) -> list[Re
             out = [r for r in out if r.get("step", 0) <= record["step"]]
         out.append(record)
     return out
+
+
+def add_to_log(log: Path, record: Record) -> None:
+    """To the log of a run that no process writes any more, also in an object store; not where there is none."""
+    if not log.exists():
+        return
+    if is_remote(log):
+        whole = log.read_bytes()
+        log.write_bytes(whole[: whole.rfind(b"\n") + 1] + json.dumps(record).encode() + b"\n")
+        return
+    writer = LogWriter(log)
+    writer.take(record)
+    writer.close()
 
 
 def append_whole(file: Any, line: bytes) -> None:

@@ -44,17 +44,21 @@ class MLflowRun:
 
         self.client = MlflowClient(self.uri)
         if run is None:
-            found = self.client.get_experiment_by_name(self.experiment)
-            experiment = found.experiment_id if found else self.client.create_experiment(self.experiment)
-            run = self.client.create_run(experiment, run_name=PurePosixPath(self.config.run_dir).name).info.run_id
+            self.run = self.run or self._create()  # once, also where what follows has to be tried again
             params = [Param(key, value[:LONGEST]) for key, value in parameters(self.config).items()]
             for i in range(0, len(params), PARAMS):
-                self.client.log_batch(run, params=params[i : i + PARAMS])
+                self.client.log_batch(self.run, params=params[i : i + PARAMS])
+        else:
+            self.run = run
         for key, value in tags(self.config).items():
-            self.client.set_tag(run, key, value)
-        self.client.log_text(run, dump_config(self.config), "config.yaml")
-        self.run = run
-        return run
+            self.client.set_tag(self.run, key, value)
+        self.client.log_text(self.run, dump_config(self.config), "config.yaml")
+        return self.run
+
+    def _create(self) -> str:
+        found = self.client.get_experiment_by_name(self.experiment)
+        experiment = found.experiment_id if found else self.client.create_experiment(self.experiment)
+        return str(self.client.create_run(experiment, run_name=PurePosixPath(self.config.run_dir).name).info.run_id)
 
     def send(self, records: list[Record], status: Status) -> None:
         from mlflow.entities import Metric

@@ -1,5 +1,5 @@
 """A record: what a run says at one moment, a mapping that JSON can hold. Its `kind` is one of start, train, evaluation, checkpoint,
-note, failed and end. A sink takes records: metrics.jsonl, TensorBoard, a tracker."""
+note, failed, stopped (given up by a search) and end. A sink takes records: metrics.jsonl, TensorBoard, a tracker."""
 
 from __future__ import annotations
 

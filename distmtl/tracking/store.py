@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from distmtl.tracking.log import LOG
 from distmtl.tracking.records import Record
 
 COPY_EVERY_S = 10.0
@@ -38,7 +39,8 @@ class StoreCopy:
 
     def _copy(self) -> None:
         self.copied = time.monotonic()
-        for file in (f for f in self.folder.rglob("*") if f.is_file() and f.suffix != ".partial"):
+        files = [f for f in self.folder.rglob("*") if f.is_file() and f.suffix != ".partial"]
+        for file in sorted(files, key=lambda f: f.name != LOG):  # the log first: trackers' files say how far it was sent
             to = self.store / file.relative_to(self.folder).as_posix()
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_bytes(file.read_bytes())

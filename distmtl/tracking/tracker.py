@@ -72,13 +72,13 @@ class Sent:
 
 
 def status_after(record: Record, status: Status) -> Status:
-    match record["kind"]:
+    match kind := record["kind"]:
         case "train":
             return "running"
         case "end":
             return "stopped" if record["result"]["stopped"] else "finished"
-        case "failed":
-            return "failed"
+        case "failed" | "stopped":
+            return kind
     return status
 
 
@@ -131,12 +131,15 @@ class Tracker:
         reader = LogReader(self.log, self.sent.position)
         while records := reader.read(CHUNK):
             if not self.opened:
-                self.sent = replace(self.sent, run=self.service.open(self.sent.run))
+                self._keep(replace(self.sent, run=self.service.open(self.sent.run)))  # who is killed now has made it
                 self.opened = True
             sent = replace(self.sent, newest=dict(self.sent.newest), position=reader.position)
             self.service.send(sent.add(records), sent.status)
-            self.sent = sent
-            write_whole(self.file, json.dumps(asdict(sent)) + "\n")
+            self._keep(sent)
+
+    def _keep(self, sent: Sent) -> None:
+        self.sent = sent
+        write_whole(self.file, json.dumps(asdict(sent)) + "\n")
 
     def _read_sent(self) -> Sent:
         """That of earlier attempts, if they had the same service."""

@@ -25,6 +25,7 @@ class WandbRun:
     def __init__(self, settings: WandbConfig, config: Config, folder: Path):
         self.settings, self.config, self.folder = settings, config, folder
         self.where = f"{settings.entity}/{settings.project}" if settings.entity else settings.project
+        self.id = uuid.uuid4().hex[:12]  # of a new run, however often it is tried
         self.run: Any = None
 
     def load(self) -> None:
@@ -38,7 +39,7 @@ class WandbRun:
             entity=self.settings.entity,
             mode=self.settings.mode,
             dir=self.folder,
-            id=run or uuid.uuid4().hex[:12],
+            id=run or self.id,
             resume="allow",
             name=PurePosixPath(self.config.run_dir).name,
             group=self.config.name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from distmtl.errors import DistmtlError
@@ -79,14 +80,15 @@ class Pages:
                     self.send_error(404)
                     return
                 body = pages.html
-                self.send_response(200)
-                self.send_header("Content-Type", "text/html; charset=utf-8")
-                self.send_header("Content-Length", str(len(body)))
-                self.send_header("Cache-Control", "no-store")
-                self.end_headers()
-                self.wfile.write(body)
-                if body is pages.html:
-                    pages.fetched.set()
+                with suppress(ConnectionError):  # the browser's window was closed
+                    self.send_response(200)
+                    self.send_header("Content-Type", "text/html; charset=utf-8")
+                    self.send_header("Content-Length", str(len(body)))
+                    self.send_header("Cache-Control", "no-store")
+                    self.end_headers()
+                    self.wfile.write(body)
+                    if body is pages.html:
+                        pages.fetched.set()
 
             def log_message(self, *arguments: object) -> None:
                 pass

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from distmtl.reporting.gathering import RunLog, partitions_of, read_json
+from distmtl.reporting.gathering import RunLog, partitions_of
+from distmtl.run_directory import read_json
 
 
 def outcome(log: RunLog) -> str | None:
-    """`complete`, `stopped`, or `failed` and why; None while it runs, or is started anew after a worker's death."""
-    last = next((e for e in reversed(log.events) if e["kind"] in ("start", "failed", "end")), None)
-    if last is None or last["kind"] == "start":
+    """`complete`, `stopped`, or `failed` and why; None while it runs, moves to other workers, or is started anew after one's death."""
+    last = next((e for e in reversed(log.events) if e["kind"] in ("start", "failed", "stopped", "end")), None)
+    if last is None or last["kind"] == "start" or last.get("moves"):
         return None
     if last["kind"] == "failed":
         return f"failed: {last['text']}"
+    if last["kind"] == "stopped":
+        return "stopped"
     if not partitions_of(log.folder):
         return "stopped" if last["result"]["stopped"] else "complete"
     result = log.folder / "result.json"  # of a followed run; its start writes config.yaml

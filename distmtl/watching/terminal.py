@@ -26,7 +26,8 @@ def watch(path: str, once: bool = False) -> str | None:
     log = RunLog(path)
     if once or not sys.stdout.isatty():
         print(page(log, time.time()), flush=True)
-        return outcome(log) if once else _print_lines(log)
+        end = outcome(log)
+        return end if once or end else _print_lines(log)
     with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             end = outcome(log)

@@ -16,12 +16,14 @@ import tiny
 from worlds import run_world, train_world
 
 from distmtl.__main__ import main
+from distmtl.config import MLflowConfig
 from distmtl.config_file import dump_config
 from distmtl.errors import DistmtlError
 from distmtl.loop import train
 from distmtl.progress import Progress
 from distmtl.storage import place
-from distmtl.tracking.log import LOG, LogReader
+from distmtl.tracking.log import LOG, LogReader, add_to_log, read_log
+from distmtl.tracking.mlflow import MLflowRun
 from distmtl.tracking.records import scalars
 from distmtl.tracking.tracker import Sent, Tracker
 
@@ -209,6 +211,8 @@ def test_what_a_failure_undid_is_sent_once():
     two += [{"kind": "evaluation", "split": s, "step": 15} for s in ("test", "test")]
     assert sent.add(two) == [two[0], *two[2:]] and sent.status == "running"
     assert sent.add([{"kind": "start", "step": 10}, *two[1:]]) == [{"kind": "start", "step": 10}]
+    sent.add([{"kind": "stopped", "step": 20, "text": "given up by the search"}])
+    assert sent.status == "stopped"
 
 
 class Service:
@@ -246,6 +250,7 @@ def test_a_service_that_does_not_answer_is_told_once_and_sent_all_later(tmp_path
         progress.say("train", step=step, loss=0.1)
         time.sleep(0.05)
     assert len(said) == 1 and "service at here does not take the run's figures: no route to host" in said[0]
+    assert json.loads((tmp_path / "service.json").read_text())["run"] == "id", "the run is there; a killed process must not make another"
     service.answers = True
     progress.close()
     assert [r["step"] for r in service.got] == [1, 2, 3] and len(said) == 1 and service.status == "failed", "no end was said"
@@ -322,3 +327,34 @@ def test_a_log_is_read_as_it_grows(tmp_path):
     assert reader.read(1) == [{"a": 22}] and reader.read(1) == [{"a": 3}], "at least a line of whatever size"
     file.write_text('{"b": 1}\n')
     assert reader.read() == [{"b": 1}] and reader.another
+    file.unlink()
+    assert reader.read() == [] and reader.another, "another one may come, of whatever length"
+    file.write_text('{"c": 1}\n{"c": 2}\n')
+    assert reader.read() == [{"c": 1}, {"c": 2}] and not reader.another
+
+
+@pytest.mark.parametrize("store", ["memory://last-word", ""])
+def test_who_gave_the_run_up_has_the_last_word_in_its_log(store, tmp_path):
+    log = (place(store) if store else tmp_path) / LOG
+    add_to_log(log, {"kind": "failed"})
+    assert not log.exists(), "a run that never began may begin anew"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b'{"kind": "start"}\n{"kind": "tra')
+    add_to_log(log, {"kind": "failed"})
+    assert read_log(log) == [{"kind": "start"}, {"kind": "failed"}]
+
+
+def test_mlflow_makes_one_run_however_often_it_is_tried(tmp_path, monkeypatch):
+    """The server goes away after the run is made, before all of it is told."""
+    mlflow = pytest.importorskip("mlflow", reason="the extra distmtl[mlflow] is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    settings = {"uri": f"file://{tmp_path}/mlruns"}
+    service = MLflowRun(MLflowConfig(**settings), tiny.config(tmp_path, tmp_path / "run", tracking={"mlflow": settings}))
+    with monkeypatch.context() as gone:
+        gone.setattr(mlflow.MlflowClient, "log_text", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            service.open(None)
+    run = service.open(None)
+    client = mlflow.MlflowClient(settings["uri"])
+    (found,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert found.info.run_id == run and found.data.params["model.num_experts"] == "3"

@@ -13,7 +13,7 @@ import ray
 import tiny
 from prometheus_client.parser import text_string_to_metric_families
 
-from distmtl.cluster.metrics import LABELS, ROWS
+from distmtl.cluster.metrics import LABELS, ROWS, TrainingMetrics
 from distmtl.cluster.trainer import train_on_ray
 from distmtl.serving.counters import Counters
 
@@ -67,6 +67,11 @@ def states(run: Path) -> list[dict[tuple, float]]:
             now |= {(f"distmtl_checkpoint_{k}", name): r[v] for k, v in CHECKPOINT.items()}
         out.append({k: v for k, v in now.items() if v is not None})
     return out
+
+
+def test_partitions_share_the_label_of_their_run():
+    for run_dir, run in (("/runs/a/partitions/000003-day=3", "/runs/a"), ("/data/partitions/a", "/data/partitions/a")):
+        assert TrainingMetrics(run_dir).run == run
 
 
 @pytest.mark.slow

@@ -54,6 +54,8 @@ def test_one_is_stopped_and_one_fails(tiny_data, tmp_path):
     idle, wild = sorted(others, key=lambda t: t["point"]["optimizer"]["dense"]["lr"])
     assert (good["state"], good["evaluations"], tune["best"]) == ("finished", 3, 0) and good["validation"] > 0.7
     assert idle["ended"] == "stopped by asha at step 24 of 72" and idle["validation"] < good["validation"], "at the first evaluation"
+    ends = [[r["kind"] for r in log(tmp_path / "out" / "trials" / f"{t['trial']:03d}")][-1] for t in (good, idle, wild)]
+    assert ends == ["end", "stopped", "failed"]
     assert wild["ended"].startswith("failed: step 1: the loss of") and wild["validation"] is None and not err
     assert all(
         e["split"] == "validation" for n in range(3) for e in log(tmp_path / "out" / "trials" / f"{n:03d}") if e["kind"] == "evaluation"
