@@ -86,7 +86,7 @@ def train(
     with process_group(config) as process:
         splits = on_first_rank(process, lambda: open_splits(config, checked))
         found, notes = on_first_rank(process, lambda: open_run(config, resume, splits["train"], policy, continue_from))
-        progress = Progress(place(config.run_dir), process.first, report, config)
+        progress, run = Progress(place(config.run_dir), process.first, report, config), None
         try:
             run = Training(config, process, splits, progress)
             run.start(found, notes, policy, goes_on=continue_from is not None)
@@ -97,13 +97,15 @@ def train(
             try:
                 run.train()
                 result = run.finish()
-            except DistmtlError as e:  # all ranks raise it, so all can complete the checkpoint on its way
-                progress.say("stopped" if isinstance(e, GivenUp) else "failed", step=run.state.step, text=str(e))
+            except DistmtlError:  # all ranks raise it, so all can complete the checkpoint on its way
                 with suppress(DistmtlError, RuntimeError):  # the first error is the one to tell
                     run.saver.wait()
                 raise
             run.saver.close()
             return result
+        except DistmtlError as e:
+            progress.say("stopped" if isinstance(e, GivenUp) else "failed", step=run.state.step if run else 0, text=str(e))
+            raise
         finally:
             progress.close()
 

@@ -222,6 +222,18 @@ def test_bytes_of_a_checkpoint_that_changed(tiny_data, tmp_path, plain, workers)
     assert any("step-000000012-0 is damaged: __1_0.distcp has CRC-32" in r["text"] for r in records(c, "note"))
 
 
+def test_a_run_that_cannot_begin_says_so_in_its_log(tiny_data, tmp_path, plain):
+    """Whoever watches it learns of its end, also before the first step."""
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", plain.run_dir, run], check=True)
+    for part in (run / "checkpoints").glob("*/__0_0.distcp"):
+        flip(part)
+    c = config(tiny_data, run, steps=13)
+    with pytest.raises(DistmtlError, match="is damaged"):
+        train_world(c, 2)
+    assert len(failed := records(c, "failed")) == 1 and "is damaged" in failed[0]["text"]
+
+
 def test_only_whole_checkpoints_count_as_kept(tmp_path):
     """What is incomplete is no reason to delete a whole one; what is not ours stays."""
     for step in (1, 2, 3, 4, 5):
