@@ -196,10 +196,10 @@ def changes(config: Config, found: Checkpoint, train_set: Dataset) -> Changes:
                 tables[feature.table_name] = f"is read by {feature.name!r}, whose boundaries are others now"
         elif before and _extra_rows_moved(feature, before[0]):
             tables[feature.table_name] = f"is read by {feature.name!r}, whose rows of oov or missing ids lie elsewhere now"
-        elif before and getattr(before[0], "hashes", 1) != feature.hashes:
-            tables[feature.table_name] = f"is read by {feature.name!r}, whose ids read {feature.hashes} rows each now"
+        elif before and getattr(before[0], "hashing", (1, False)) != feature.hashing:
+            tables[feature.table_name] = f"is read by {feature.name!r}, whose ids read {feature.hashes} rows each now, or others"
         elif before and feature.rows not in [f.rows for f in before]:
-            hashed = feature.out_of_range == "hash" and any(getattr(f, "out_of_range", "") == "hash" for f in before)
+            hashed = any(feature.out_of_range == way == getattr(f, "out_of_range", "") for f in before for way in ("hash", "quotient"))
             if hashed or _is_string(feature.source, train_set):
                 tables[feature.table_name] = f"is read by {feature.name!r}, whose ids are hashed to other rows now"
         elif any(isinstance(f, BucketFeature) for f in before):
@@ -331,7 +331,9 @@ def _same(new: Config, old: Config, where: str, free: tuple[str, ...], matching:
         free += FREE_WITHOUT_DECAY
     a, b = flat(new.model_dump(mode="json")), flat(old.model_dump(mode="json"))
     differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    differing = [k for k in differing if not _is_one_of(k, free) or "oov" in (a.get(k), b.get(k))]  # out_of_range may differ; oov is a row
+    differing = [
+        k for k in differing if not _is_one_of(k, free) or {"oov", "quotient"} & {str(a.get(k)), str(b.get(k))}
+    ]  # of whom rows mean else
     differing.sort(key=lambda k: _is_one_of(k, FREE_IF_MATCHING))  # first what no policy allows
     lines = [f"  - {k}: {b.get(k)!r} there, {a.get(k)!r} now" for k in differing]
     if any(not _is_one_of(k, matching) for k in differing):

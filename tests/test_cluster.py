@@ -282,9 +282,9 @@ def test_ray_train_s_actors_are_told_which_cluster_is_theirs(monkeypatch):
 
 
 def test_a_cluster_that_died_is_not_waited_for(tmp_path, monkeypatch):
-    """`ray start` notes its cluster on the machine; one that was killed leaves the note."""
+    """`ray start` notes its cluster on the machine; one that was killed leaves the note. Another command's own instance counts not."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", lambda: {"127.0.0.1:1"})
     monkeypatch.setattr("ray._private.utils.get_ray_address_file", lambda temp_dir: str(tmp_path / "ray_current_cluster"))
     assert trainer._cluster_here() == "local"
     with socket.create_server(("127.0.0.1", 0)) as server:

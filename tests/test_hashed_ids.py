@@ -14,7 +14,7 @@ from torchrec import JaggedTensor
 
 from distmtl.config_file import parse_config
 from distmtl.data.collate import ROW, Collator
-from distmtl.data.hashing import hash_strings, into_rows, into_table
+from distmtl.data.hashing import hash_strings, into_rows, into_table, remainder_and_quotient
 from distmtl.data.rows import batch_of
 from distmtl.distributed.sharding import constraints
 from distmtl.errors import DistmtlError
@@ -91,6 +91,23 @@ def test_few_ids_share_all_their_rows():
     assert abs(pairs - expected) < 5 * np.sqrt(expected)
 
 
+@pytest.mark.parametrize("rows", [2, 10, 11])
+def test_remainder_and_quotient(rows):
+    """Every id below m·⌊rows/2⌋ has a pair of its own, and any id is in its half of the table."""
+    m = rows - rows // 2
+    n = m * (rows // 2)
+    pairs = remainder_and_quotient(np.array([*range(n), 2**63 - 1, -1]), rows)
+    assert pairs.tolist() == [[i % m, m + i // m % (rows // 2)] for i in [*range(n), 2**63 - 1, 2**64 - 1]]
+    assert len({tuple(p) for p in pairs[:n].tolist()}) == n
+
+
+def test_ids_read_their_remainder_and_their_quotient():
+    quotient = {"out_of_range": "quotient", "hashes": 2}
+    pair = lambda i: remainder_and_quotient(np.array([i]), ROWS)[0].tolist()  # noqa: E731
+    assert read([5, None, 7**20], missing="row", **quotient) == [pair(5), [ROWS], pair(7**20)]
+    assert read([[5, 77], [], None], **quotient) == [pair(5) + pair(77), [], []]
+
+
 def test_the_head_sees_one_feature_and_the_planner_all_lookups():
     sequence = {"kind": "sequence", "name": "s", "column": "tags", "table": "f", "rows": ROWS, "dim": 8, "max_length": 4, **HASHED}
     config = config_of([sequence])
@@ -147,7 +164,11 @@ OTHER = {"kind": "id", "name": "g", "table": "f", "rows": ROWS, "dim": 8, "out_o
     [
         *[({"out_of_range": p}, "feature 'f': with hashes 3 every id is hashed; set out_of_range: hash") for p in ("error", "clip", "oov")],
         ({"id_dropout": 0.1}, "id_dropout replaces ids by the oov row"),
-        ({"more": [OTHER]}, "table 'f': an id of feature 'g' reads 1 rows, of 'f' 3; give both the same hashes, or different tables"),
+        (
+            {"more": [OTHER]},
+            "table 'f': an id of feature 'g' reads 1 rows, of 'f' 3 rows; give both the same hashes and out_of_range, or different tables",
+        ),
+        ({"out_of_range": "quotient"}, "feature 'f': with out_of_range: quotient an id reads two rows of at least two; set hashes: 2"),
         (
             {"sections": {"model": {"kind": "star", "domain": "f"}}, "more": [{"kind": "numeric", "name": "x"}]},
             "model.domain 'f': a domain is one row of its table, not 3; leave its hashes out",

@@ -15,7 +15,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a w
 
 import pyarrow.fs
 import ray
-from ray._private.services import get_ray_address_from_environment
+from ray._private.services import find_bootstrap_address
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -122,7 +122,7 @@ def _trainer(config: Config, settings: dict[str, Any], workers: int, worker: dic
 def storage(folder: Path) -> dict[str, Any]:
     """Where Ray keeps its own little state; no weights are in it."""
     if not is_remote(folder):
-        return {"storage_path": str(folder)}
+        return {"storage_path": absolute(str(folder))}
     handler = pyarrow.fs.FSSpecHandler(folder.fs)  # type: ignore[attr-defined]
     return {"storage_path": folder.path, "storage_filesystem": pyarrow.fs.PyFileSystem(handler)}  # type: ignore[attr-defined]
 
@@ -204,11 +204,10 @@ def _connect(address: str, cluster: ClusterConfig, settings: dict[str, Any]) -> 
 
 
 def _cluster_here() -> str:
-    """The cluster that `ray start` made on this machine, else `local`. Ray's own note may be of one that died: ray.init would wait
-    for it in silence, for minutes."""
-    try:
-        address = get_ray_address_from_environment("auto", None)
-    except ConnectionError:
+    """The cluster that `ray start` made on this machine, else `local`. Not, as ray.init would, any other command's own instance: it
+    may have another token, and ends with that command. Ray's note may be of a cluster that died: ray.init would wait for it in silence,
+    for minutes."""
+    if not (address := find_bootstrap_address(None)):
         return "local"
     host, _, port = address.rpartition(":")
     return address if answers(host.strip("[]"), int(port)) else "local"

@@ -88,10 +88,11 @@ class Ids(Embedded):
     """Integer or string ids: 0 … rows-1 are rows of the table, strings are hashed to them."""
 
     rows: PositiveInt = Field(description="Rows of the table; ids are 0 … rows-1. Rows for oov and missing ids come on top.")
-    out_of_range: Literal["error", "hash", "clip", "oov"] = Field(
+    out_of_range: Literal["error", "hash", "quotient", "clip", "oov"] = Field(
         "error",
-        description="Ids outside the table: refuse, hash into it, use its last row, or one extra row of all such ids. "
-        "Strings are always hashed into the `rows`.",
+        description="Ids outside the table: refuse, hash into it, use its last row, or one extra row of all such ids. With hashes: 2 "
+        "there is quotient: every id reads the row of its remainder by half the rows and that of its quotient, and no two ids below "
+        "rows²/4, rounded down, have the same pair. Strings are always hashed into the `rows`.",
     )
     hashes: PositiveInt = Field(
         1,
@@ -109,6 +110,11 @@ class Ids(Embedded):
     @property
     def lookups(self) -> int:
         return self.hashes
+
+    @property
+    def hashing(self) -> tuple[int, bool]:
+        """What features of one table have alike: the rows of an id, and whether they are those of its remainder and quotient."""
+        return self.hashes, self.out_of_range == "quotient"
 
     def row_of(self, extra: str) -> int:
         """Where the table holds an extra row."""
@@ -133,7 +139,9 @@ class Ids(Embedded):
 
     @model_validator(mode="after")
     def _hashes_all(self):
-        if self.hashes > 1 and self.out_of_range != "hash":
+        if self.out_of_range == "quotient" and (self.hashes != 2 or self.rows < 2):
+            raise ValueError(f"feature {self.name!r}: with out_of_range: quotient an id reads two rows of at least two; set hashes: 2")
+        if self.hashes > 1 and self.out_of_range not in ("hash", "quotient"):
             raise ValueError(f"feature {self.name!r}: with hashes {self.hashes} every id is hashed; set out_of_range: hash")
         return self
 

@@ -190,10 +190,11 @@ def _clashes(config: Config) -> list[str]:
                 f"table {f.table_name!r}: feature {f.name!r} wants {' and '.join(f.extra_rows) or 'no'} rows on top, {first.name!r} "
                 f"{' and '.join(first.extra_rows) or 'none'}; give both the same out_of_range and missing, or different tables"
             )
-        elif (one := getattr(first, "hashes", 1)) != (other := getattr(f, "hashes", 1)):
+        elif (one := getattr(first, "hashing", (1, False))) != (other := getattr(f, "hashing", (1, False))):
+            reads, read = (f"{n} rows" + " by remainder and quotient" * quotient for n, quotient in (other, one))
             out.append(
-                f"table {f.table_name!r}: an id of feature {f.name!r} reads {other} rows, of {first.name!r} {one}; give both the same "
-                "hashes, or different tables"
+                f"table {f.table_name!r}: an id of feature {f.name!r} reads {reads}, of {first.name!r} {read}; give both the same "
+                "hashes and out_of_range, or different tables"
             )
     out += [f"table {n!r}: TorchRec cannot have a table of this name; choose another" for n in sorted(RESERVED & tables.keys())]
     for t in config.tables:

@@ -27,7 +27,7 @@ from distmtl.config import (
     VectorFeature,
     WatchTimeTask,
 )
-from distmtl.data.hashing import hash_strings, into_rows, into_table
+from distmtl.data.hashing import hash_strings, into_rows, into_table, remainder_and_quotient
 from distmtl.data.id_dropout import kept_ids
 from distmtl.data.rows import Bag, Rows
 from distmtl.errors import DistmtlError
@@ -326,7 +326,9 @@ def _embedded(
         ids = whole.to_numpy(zero_copy_only=False)
     if feature.hashes > 1:
         lengths = feature.hashes * (np.ones(n, dtype=np.int32) if lengths is None else lengths)
-        return into_rows(ids, feature.rows, feature.hashes).reshape(-1), lengths, None
+        quotient = feature.out_of_range == "quotient"
+        rows = remainder_and_quotient(ids, feature.rows) if quotient else into_rows(ids, feature.rows, feature.hashes)
+        return rows.reshape(-1), lengths, None
     if is_string(array.type):
         return into_table(ids, feature.rows), lengths, None
     if not len(ids) or ids.view(np.uint64).max() < feature.rows:  # a negative one is huge as unsigned

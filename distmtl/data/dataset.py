@@ -124,6 +124,10 @@ def _footer(filesystem: fs.FileSystem, name: str, size: int) -> tuple[ParquetPar
     try:
         meta = pq.read_metadata(name, filesystem=filesystem)
     except pa.ArrowInvalid as e:
+        if name.endswith((".csv", ".tsv", ".csv.gz")):
+            return (
+                f"{name} is CSV, and rows are read from Parquet: distmtl init makes it for training, pandas.read_csv(…).to_parquet(…) else"
+            )
         why = str(e).splitlines()[0]
         return f"{name} ({size} bytes) is not a whole Parquet file (truncated, or of another format); write it again: {why}"
     except OSError as e:

@@ -34,6 +34,14 @@ def into_rows(ids: np.ndarray, rows: int, hashes: int) -> np.ndarray:
     return out
 
 
+def remainder_and_quotient(ids: np.ndarray, rows: int) -> np.ndarray:
+    """(N, 2) of 0 … rows-1 (Shi et al. 2020, "Compositional Embeddings Using Complementary Partitions", section 3): with m = ⌈rows/2⌉ the
+    remainder by m, and behind these m rows the quotient. Of ids from 0 to m·⌊rows/2⌋ - 1 no two have the same pair; larger ones wrap."""
+    m = np.uint64(rows - rows // 2)
+    quotient, remainder = np.divmod(ids.astype(np.uint64), m)
+    return np.stack([remainder, m + quotient % np.uint64(rows // 2)], axis=1).astype(np.int64)
+
+
 def into_table(ids: np.ndarray, rows: int) -> np.ndarray:
     """Hash int64 ids into 0 … rows-1."""
     return (mix(ids) % np.uint64(rows)).astype(np.int64)

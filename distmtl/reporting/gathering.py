@@ -103,6 +103,8 @@ class RunLog:
         self.path, self.folder = path, place(path)
         self._begin()
         if not self.refresh() or not (self.folder / "config.yaml").exists():
+            if not self.logs and (self.folder / "config.yaml").exists():
+                raise DistmtlError(f"{path} has said nothing yet: its training is still starting, or ended before it did; try again soon")
             raise DistmtlError(f"{path} is no run: it has no {'config.yaml' if self.logs else LOG}")
 
     def _begin(self) -> None:

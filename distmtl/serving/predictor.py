@@ -123,6 +123,10 @@ class Predictor:
 
     def score(self, table: pa.Table) -> Scored:
         """The same, and how many ids were not in the tables."""
+        if not isinstance(table, pa.Table):
+            raise DistmtlError(
+                f"rows are a pyarrow.Table, not a {type(table).__name__}; of a DataFrame pyarrow.Table.from_pandas makes one"
+            )
         n = table.num_rows
         if not n:
             none = {t.name: np.zeros((0, t.classes) if isinstance(t, MulticlassTask) else 0, np.float32) for t in self.config.tasks}

@@ -23,14 +23,15 @@ OPTIMIZERS = [{"dense": {"lr": lr}, "tables": {"lr": lr}} for lr in (1e-9, 1e30)
 
 def write(folder: Path, data: Path, **fields) -> Path:
     (folder / "base.yaml").write_text(yaml.safe_dump(tiny.raw(data, folder / "unused", data={"test": str(data / "validation")})))
-    search = {"config": "base.yaml", "out": str(folder / "out"), "metric": "click.auc", **fields}
+    search = {"config": "base.yaml", "out": "out", "metric": "click.auc", **fields}
     (folder / "search.yaml").write_text(yaml.safe_dump(search, sort_keys=False))
     return folder / "search.yaml"
 
 
 def start(search: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "distmtl", "tune", str(search)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "RAY_ADDRESS": "local"})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=search.parent, env={**os.environ, "RAY_ADDRESS": "local"}, **pipes)
 
 
 def found(out: Path) -> dict:
