@@ -104,7 +104,8 @@ def train(
             run.saver.close()
             return result
         except DistmtlError as e:
-            progress.say("stopped" if isinstance(e, GivenUp) else "failed", step=run.state.step if run else 0, text=str(e))
+            if progress.begun:  # else the run directory is as good as new, for another config too
+                progress.say("stopped" if isinstance(e, GivenUp) else "failed", step=run.state.step if run else 0, text=str(e))
             raise
         finally:
             progress.close()

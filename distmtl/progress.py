@@ -50,6 +50,11 @@ class Progress:
         self._give(finite({"kind": kind, "time": round(time.time(), 3), **values}))
         self._say_unsaid()
 
+    @property
+    def begun(self) -> bool:
+        """Whether this attempt or one before it has said anything."""
+        return self.log is not None and self.log.stat().st_size > 0
+
     def close(self) -> None:
         if self.log is not None:
             for tracker in self.trackers:
