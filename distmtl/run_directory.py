@@ -197,7 +197,8 @@ def changes(config: Config, found: Checkpoint, train_set: Dataset) -> Changes:
         elif before and _extra_rows_moved(feature, before[0]):
             tables[feature.table_name] = f"is read by {feature.name!r}, whose rows of oov or missing ids lie elsewhere now"
         elif before and getattr(before[0], "hashing", (1, False)) != feature.hashing:
-            tables[feature.table_name] = f"is read by {feature.name!r}, whose ids read {feature.hashes} rows each now, or others"
+            what = "other rows" if getattr(before[0], "hashes", 1) == feature.hashes else f"{feature.hashes} rows each"
+            tables[feature.table_name] = f"is read by {feature.name!r}, whose ids read {what} now"
         elif before and feature.rows not in [f.rows for f in before]:
             hashed = any(feature.out_of_range == way == getattr(f, "out_of_range", "") for f in before for way in ("hash", "quotient"))
             if hashed or _is_string(feature.source, train_set):

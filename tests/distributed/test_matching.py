@@ -215,6 +215,7 @@ ELSEWHERE = "is read by 'user', whose rows of oov or missing ids lie elsewhere n
         (USER, HASHED, None),
         (USER, {**HASHED, "rows": 300}, None),  # ids inside the old table were their own rows, and are
         (HASHED, {**HASHED, "rows": 300}, "is read by 'user', whose ids are hashed to other rows now"),
+        ({**HASHED, "hashes": 2}, {**USER, "hashes": 2, "out_of_range": "quotient"}, "is read by 'user', whose ids read other rows now"),
         (HASHED, {**HASHED, "rows": 300, "name": "u2", "column": "user", "table": "user"}, "is read by 'u2', whose ids are hashed to"),
         (CITY, {**CITY, "rows": 61}, "is read by 'city', whose ids are hashed to other rows now"),  # a string, whatever out_of_range says
         (USER, OOV, None),
