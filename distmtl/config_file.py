@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -72,6 +73,18 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
         DistmtlError: the list of every mistake.
     """
     return parse_as(Config, raw, where)
+
+
+def read_as(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """Read a YAML file as a config of some kind, which has a `name`: the file's where it says none.
+
+    Raises:
+        DistmtlError: file missing or not YAML, or the list of every mistake in it.
+    """
+    raw = read_mapping(path)
+    for item in overrides:
+        override(raw, item)
+    return parse_as(kind, {"name": name_of(Path(path)), **raw}, str(path))
 
 
 def parse_as(kind: type[S], raw: dict[str, Any], where: str) -> S:

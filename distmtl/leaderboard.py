@@ -26,7 +26,7 @@ from scipy.special import stdtrit
 
 from distmtl.config import Config, did_you_mean
 from distmtl.config.leaderboard import LeaderboardConfig
-from distmtl.config_file import in_a_line, merge, name_of, override, parse_as, parse_file, read_mapping, resolve
+from distmtl.config_file import in_a_line, merge, override, parse_file, read_as, read_mapping, resolve
 from distmtl.errors import DistmtlError
 from distmtl.metrics import COLUMNS, higher_is_better
 from distmtl.run_directory import write_json
@@ -42,11 +42,8 @@ def load_leaderboard(path: str | Path, overrides: Sequence[str] = ()) -> Leaderb
     Raises:
         DistmtlError: file missing or not YAML, or the list of every mistake in it.
     """
-    raw, path = read_mapping(path), Path(path)
-    for item in overrides:
-        override(raw, item)
-    board = parse_as(LeaderboardConfig, {"name": name_of(path), **raw}, str(path))
-    return board.model_copy(update={"data": {name: resolve(p, path.parent) for name, p in board.data.items()}})
+    board = read_as(LeaderboardConfig, path, overrides)
+    return board.model_copy(update={"data": {name: resolve(p, Path(path).parent) for name, p in board.data.items()}})
 
 
 # ---------------------------------------------------------------------------------------------------------------- cells

@@ -24,7 +24,7 @@ from scipy.stats import qmc
 
 from distmtl.config import Config
 from distmtl.config.tuning import TuningConfig, domain, domains
-from distmtl.config_file import dump_mapping, find, in_a_line, merge, name_of, override, parse_as, parse_file, read_mapping, resolve
+from distmtl.config_file import dump_mapping, find, in_a_line, merge, override, parse_file, read_as, read_mapping, resolve
 from distmtl.errors import DistmtlError
 from distmtl.metrics import COLUMNS, better, higher_is_better
 from distmtl.model.loss import Terms
@@ -46,11 +46,8 @@ def load_tuning(path: str | Path, overrides: Sequence[str] = ()) -> TuningConfig
     Raises:
         DistmtlError: file missing or not YAML, or the list of every mistake in it.
     """
-    raw, path = read_mapping(path), Path(path)
-    for item in overrides:
-        override(raw, item)
-    tuning = parse_as(TuningConfig, {"name": name_of(path), **raw}, str(path))
-    return tuning.model_copy(update={"config": resolve(tuning.config, path.parent)})
+    tuning = read_as(TuningConfig, path, overrides)
+    return tuning.model_copy(update={"config": resolve(tuning.config, Path(path).parent)})
 
 
 def make_base(tuning: TuningConfig) -> Base:

@@ -245,7 +245,8 @@ def test_column_splits_of_all_tables_are_refused_for_each():
 def test_the_size_that_is_suggested_works():
     for batch in (1, 5, 100, 1001):
         (line,) = mistakes(put(raw(), "train.global_batch_size", batch))
-        parse_config(put(raw(), "train.global_batch_size", int(line.rsplit(" ", 1)[1])))
+        suggested = int(line.rsplit(" ", 1)[1])
+        assert parse_config(put(raw(), "train.global_batch_size", suggested)).train.global_batch_size == suggested
 
 
 @pytest.mark.parametrize(
