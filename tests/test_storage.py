@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from worlds import run_world, train_world
 
 from distmtl.__main__ import main
-from distmtl.checkpoint import SummingFiles
+from distmtl.checkpoint.writing import SummingFiles
 from distmtl.config_file import dump_config, parse_config
 from distmtl.errors import DistmtlError
 from distmtl.progress import Progress

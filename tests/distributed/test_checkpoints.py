@@ -16,6 +16,7 @@ import torch
 from worlds import records, run_world, saved_state, train_world
 
 from distmtl import checkpoint
+from distmtl.checkpoint import writing
 from distmtl.errors import DistmtlError
 from distmtl.evaluation import evaluate
 
@@ -247,7 +248,7 @@ def test_only_whole_checkpoints_count_as_kept(tmp_path):
 
 def test_ranks_that_do_not_share_a_disk(tmp_path, monkeypatch):
     """What another rank wrote and rank 0 cannot see is not there: no checkpoint, rather than half of one."""
-    monkeypatch.setattr(checkpoint, "VISIBLE_WITHIN_S", 0.0)
+    monkeypatch.setattr(writing, "VISIBLE_WITHIN_S", 0.0)
     checkpoint.prepare(path := tmp_path / checkpoint.name_of(1, 0))
     (path / "__0_0.distcp").write_bytes(b"x")
     with pytest.raises(DistmtlError, match="rank 0 does not see __1_0.distcp, which another rank has written; run.dir must be on storage"):
