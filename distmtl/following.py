@@ -13,33 +13,29 @@ from __future__ import annotations
 import gc
 import json
 import re
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pyarrow import fs
 
 from distmtl import checkpoint
 from distmtl.config import Config
 from distmtl.config_file import dump_config
-from distmtl.data.dataset import filesystem_of, open_dataset
+from distmtl.data.partitions import SEAL, Partitions, in_order
 from distmtl.distributed.process import Process, on_first_rank
 from distmtl.errors import DistmtlError
 from distmtl.progress import Report, print_record
 from distmtl.run_directory import PARTITIONS, ResumePolicy, write_json
-from distmtl.stopping import Request, ask, asked, forget
+from distmtl.stopping import Request, asked, forget, passing_requests
 from distmtl.storage import absolute, place, remove_tree, write_whole
 from distmtl.tracking.trackers import require_trackers
 
-SEAL = "_SUCCESS"  # in a partition that is complete, as Spark and Hadoop write it
 IN_CHAIN = re.compile(r"\d{6,}-(.+)")  # a folder in RUN/partitions
-FORM = re.compile(r"[^/=,]+=[^/,]+(/[^/=,]+=[^/,]+)*")  # of a partition's name
 POLL_S = 1.0
 CHECKPOINTS_OF = 2  # newest partitions that keep their checkpoints
 CLOCKS_S = 60.0  # that storage and workers may disagree by
@@ -147,7 +143,7 @@ class Follower:
     def __init__(self, config: Config, source: str, until: Until, resume: str, report: Report, publish: Publish | None):
         refuse_ends(config)
         require_trackers(config)
-        self.config, self.source, self.until, self.resume = config, absolute(source).rstrip("/"), until, resume
+        self.config, self.partitions, self.until, self.resume = config, Partitions(absolute(source).rstrip("/")), until, resume
         self.report, self.publish = report, publish
         self.run = place(absolute(config.run_dir))
         self.lines: list[Line] = []
@@ -271,7 +267,7 @@ class Follower:
             seed = zlib.crc32(f"{seed}/{partition.name}".encode()) >> 1
             optimizer = optimizer.model_copy(update={"schedule": optimizer.schedule.model_copy(update={"warmup_steps": 0})})
         run = config.run.model_copy(update={"dir": str(self.run / partition.folder), "seed": seed})
-        data = config.data.model_copy(update={"train": f"{self.source}/{partition.name}"})
+        data = config.data.model_copy(update={"train": f"{self.partitions.folder}/{partition.name}"})
         return config.model_copy(update={"data": data, "optimizer": optimizer, "run": run})
 
     def result(self, stopped: bool) -> dict[str, Any]:
@@ -309,7 +305,9 @@ class Follower:
             return "stop"
         if self.until.partitions is not None and len(self.lines) >= self.until.partitions:
             return "end"
-        sealed = self.sealed()
+        sealed, misnamed = self.partitions.sealed()
+        for folder in misnamed:
+            self.say(f"{folder} is sealed but not named key=value (such as day=003): it is no partition", once=True)
         self.look_back(sealed)
         trained = {line.name for line in self.lines}
         if self.begun:
@@ -318,7 +316,9 @@ class Follower:
         if name is None:
             if self.until.idle_s is not None and time.monotonic() - self.busy > self.until.idle_s:
                 return "end"
-            self.say(f"waiting for a partition in {self.source}" + (f", after {self.lines[-1].name}" if self.lines else ""), once=True)
+            self.say(
+                f"waiting for a partition in {self.partitions.folder}" + (f", after {self.lines[-1].name}" if self.lines else ""), once=True
+            )
             return "wait"
         partition = self.at_end(name)
         late = f"; it is late: {max((line.name for line in self.lines), key=in_order)} was trained before it" if partition.late else ""
@@ -327,34 +327,6 @@ class Follower:
         self.begun = name
         return partition
 
-    def sealed(self) -> dict[str, float]:
-        """Name of every sealed partition → Unix time of its newest file.
-
-        Raises:
-            DistmtlError: see `choose`.
-        """
-        filesystem, inner = filesystem_of(self.source)
-        try:
-            files = [i for i in filesystem.get_file_info(fs.FileSelector(inner, recursive=True)) if i.type == fs.FileType.File]
-        except OSError as e:
-            raise DistmtlError(f"the partitions in {self.source} cannot be listed: {str(e).splitlines()[0]}") from None
-        places = [(PurePosixPath(i.path).relative_to(PurePosixPath(inner)), i.mtime.timestamp() if i.mtime else 0.0) for i in files]
-        newest = dict.fromkeys((str(path.parent) for path, _ in places if path.name == SEAL), 0.0)
-        for name in sorted(n for n in newest if not FORM.fullmatch(n)):
-            del newest[name]
-            if name != ".":  # of the job that wrote them all
-                self.say(f"{self.source}/{name} is sealed but not named key=value (such as day=003): it is no partition", once=True)
-        for path, time_of in places:
-            within = [name for name in map(str, path.parents) if name in newest]
-            if len(within) > 1:
-                raise DistmtlError(
-                    f"partition {within[1]} of {self.source} holds another one, {within[0]}: its rows would be trained twice; "
-                    f"take the {SEAL} of one of them away"
-                )
-            for name in within:
-                newest[name] = max(newest[name], time_of)
-        return newest
-
     def look_back(self, sealed: dict[str, float]) -> None:
         """Say which partitions have changed since they were trained: those with newer files, if they make another data set."""
         for line in self.lines:
@@ -362,7 +334,7 @@ class Follower:
             if line.changed or newest < line.began - CLOCKS_S or self.seen.get(line.name) == newest:
                 continue
             self.seen[line.name] = newest
-            if self.digest(line.name) != line.data:
+            if self.partitions.digest(line.name) != line.data:
                 line.changed = True
                 self.say(
                     f"partition {line.name} has changed since it was trained: what is new in it is not trained; write it to a partition of "
@@ -377,29 +349,17 @@ class Follower:
         if name not in sealed:
             self.say(f"partition {name} is no longer sealed: it is left out, and what was trained of it undone")
             self.begun = None
-        elif found and found.manifest["data"]["digest"] != self.digest(name):
+        elif found and found.manifest["data"]["digest"] != self.partitions.digest(name):
             self.say(f"partition {name} has changed since it was begun: it is trained anew from its start")
         elif (folder / "config.yaml").exists():
             return
         remove_tree(folder)
-
-    def digest(self, name: str) -> str:
-        """Of a partition's files; a text that is no digest where they cannot be read."""
-        try:
-            return open_dataset(f"{self.source}/{name}").digest
-        except DistmtlError as e:
-            return str(e)
 
     def say(self, text: str, once: bool = False) -> None:
         if not once or text not in self.said:
             self.report({"kind": "note", "time": round(time.time(), 3), "text": text})
         if once:
             self.said.add(text)
-
-
-def in_order(name: str) -> tuple[list[int | str], str]:
-    """What names sort by: their text, numbers in it by their value (hour=9 before hour=10)."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))], name
 
 
 def refuse_ends(config: Config) -> None:
@@ -420,27 +380,3 @@ def refuse_ends(config: Config) -> None:
         mistakes.append("train.early_stopping would leave out rows of a partition; take it away")
     if mistakes:
         raise DistmtlError("this config cannot be followed:\n" + "\n".join(f"  - {m}" for m in mistakes))
-
-
-@contextmanager
-def passing_requests(run: Path, partition: Path) -> Iterator[None]:
-    """RUN/STOP and RUN/SAVE reach the run of the partition under way."""
-    done = threading.Event()
-
-    def pass_on() -> None:
-        while not done.wait(POLL_S / 2):
-            for request in (Request.STOP, Request.SAVE):
-                if (run / request).exists() and partition.exists():
-                    ask(partition, request)
-                    if request == Request.SAVE:
-                        forget(run, request)
-
-    thread = threading.Thread(target=pass_on, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        if partition.exists():
-            forget(partition, *Request)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,30 @@ def forget(folder: Path, *requests: Request) -> None:
 def steps_between_looks(steps: int, seconds: float) -> int:
     """LOOK_EVERY_S in steps, given how long the steps so far took."""
     return max(1, int(LOOK_EVERY_S * steps / max(seconds, 1e-9)))
+
+
+@contextmanager
+def passing_requests(run: Path, part: Path) -> Iterator[None]:
+    """What is asked of a run that is a chain of runs (STOP, SAVE) reaches the part of it that is under way."""
+    done = threading.Event()
+
+    def pass_on() -> None:
+        while not done.wait(LOOK_EVERY_S / 2):
+            for request in (Request.STOP, Request.SAVE):
+                if (run / request).exists() and part.exists():
+                    ask(part, request)
+                    if request == Request.SAVE:
+                        forget(run, request)
+
+    thread = threading.Thread(target=pass_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        if part.exists():
+            forget(part, *Request)
 
 
 def _clear(folder: Path) -> None:

@@ -38,7 +38,7 @@ def published(folder: Path) -> Published | None:
     Raises:
         DistmtlError: an export in it is damaged, or a delta does not change the one before it.
     """
-    found = in_order(folder)
+    found = exports_in(folder)
     fulls = [i for i, path in enumerate(found) if path.name.endswith("-full")]
     if not fulls:
         return None
@@ -98,14 +98,14 @@ def _kept(found: Checkpoint, newest: Manifest) -> str | None:
         return None
 
 
-def in_order(folder: Path) -> list[Path]:
+def exports_in(folder: Path) -> list[Path]:
     """Complete exports by their number."""
     found = [p for p in folder.iterdir() if NAME.fullmatch(p.name) and (p / MANIFEST).exists()] if folder.is_dir() else []
     return sorted(found, key=lambda p: int(p.name.split("-")[0]))
 
 
 def _retain(folder: Path) -> None:
-    found = in_order(folder)
+    found = exports_in(folder)
     fulls = [i for i, path in enumerate(found) if path.name.endswith("-full")]
     for path in found[: fulls[-FULLS_KEPT]] if len(fulls) > FULLS_KEPT else []:
         shutil.rmtree(path, ignore_errors=True)

@@ -13,7 +13,7 @@ from distmtl.config import Config
 from distmtl.errors import DistmtlError
 from distmtl.exporting import manifest
 from distmtl.exporting.manifest import MANIFEST, Manifest
-from distmtl.exporting.publishing import in_order
+from distmtl.exporting.publishing import exports_in
 from distmtl.serving.columns import Column, columns
 from distmtl.serving.fusion import ProductFusion, default_fusion
 from distmtl.serving.openapi import openapi
@@ -33,7 +33,7 @@ def chains(path: Path) -> list[list[Path]]:
     if (path / MANIFEST).exists():
         return [[path]]
     out: list[list[Path]] = []
-    for folder in in_order(path):
+    for folder in exports_in(path):
         if folder.name.endswith("-full"):
             out.insert(0, [folder])
         elif out:
