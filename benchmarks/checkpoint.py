@@ -24,8 +24,9 @@ import torch
 
 from distmtl import checkpoint
 from distmtl.config_file import parse_config
+from distmtl.data.splits import open_splits
 from distmtl.distributed.process import process_group
-from distmtl.loop import Training, open_splits
+from distmtl.loop import Training
 from distmtl.progress import Progress
 from distmtl.saving import Saver
 

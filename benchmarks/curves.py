@@ -41,9 +41,9 @@ from distmtl.data.synthetic import scattered
 from distmtl.distributed import sharding
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import Process, process_group
-from distmtl.loop import make_pipeline
 from distmtl.model.multitask import TrainModel, initialise_dense
 from distmtl.optim import Optimizers
+from distmtl.pipeline import make_pipeline
 
 SECONDS = 0.5  # of a loop in one round, about
 CLIFF = 0.25  # less of the limit than at a neighbouring point

@@ -47,8 +47,9 @@ def resident(what: str = "VmHWM") -> float:
 def child_training(folder: str, rows: str) -> Row:
     from distmtl import checkpoint
     from distmtl.config_file import parse_config
+    from distmtl.data.splits import open_splits
     from distmtl.distributed.process import process_group
-    from distmtl.loop import Training, open_splits
+    from distmtl.loop import Training
     from distmtl.progress import Progress
     from distmtl.saving import Saver
 

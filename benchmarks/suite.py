@@ -34,9 +34,10 @@ from distmtl.batch import Batch
 from distmtl.cluster.trainer import KEEP_MEMORY
 from distmtl.config import Config
 from distmtl.config_file import load_config
+from distmtl.data.splits import open_splits
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import process_group
-from distmtl.loop import Training, open_splits
+from distmtl.loop import Training
 from distmtl.progress import Progress
 
 STEPS = 6  # of a loop in one round

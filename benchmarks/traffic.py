@@ -36,9 +36,10 @@ import torch.distributed as dist
 
 from distmtl.config import Config
 from distmtl.config_file import load_config
+from distmtl.data.splits import open_splits
 from distmtl.distributed.process import process_group, quieten
 from distmtl.distributed.ranks import run_ranks
-from distmtl.loop import Training, open_splits
+from distmtl.loop import Training
 from distmtl.planning.hardware import BYTES_PER_MS, Hardware
 from distmtl.planning.world import dense_parameters, offline_model, plan_world
 from distmtl.progress import Progress

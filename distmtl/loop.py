@@ -6,44 +6,41 @@ import json
 import os
 import resource
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torchrec.distributed import DistributedModelParallel, TrainPipelineBase, TrainPipelineSparseDist
 
 from distmtl import checkpoint
-from distmtl.calibration import Calibration
 from distmtl.config import Config
-from distmtl.data.check import check_dataset
 from distmtl.data.collate import Collator
-from distmtl.data.dataset import Dataset, open_dataset
+from distmtl.data.dataset import Dataset
 from distmtl.data.hashing import HASH_VERSION
 from distmtl.data.reader import Reader
 from distmtl.data.schema import kinds_of, served_columns
+from distmtl.data.splits import SPLITS, open_splits
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
 from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard, step_counters
 from distmtl.errors import DistmtlError
-from distmtl.evaluation import calibrate, evaluate_split
+from distmtl.evaluation import evaluate_split
 from distmtl.health import Health
+from distmtl.judge import Judge
 from distmtl.meter import Meter
 from distmtl.metrics import better, select
 from distmtl.model.loss import StepNumbers
 from distmtl.model.multitask import TrainModel, initialise_dense
 from distmtl.optim import Optimizers
+from distmtl.pipeline import Queued, make_pipeline
 from distmtl.progress import Progress, Report, print_record
-from distmtl.run_directory import CALIBRATION, ResumePolicy, changes, is_own, open_run, same_model, write_json
+from distmtl.run_directory import ResumePolicy, changes, is_own, open_run, same_model, write_json
 from distmtl.saving import Saver
 from distmtl.stopping import GivenUp, Request, asked, forget, steps_between_looks
 from distmtl.storage import absolute, place, write_whole
 from distmtl.tracking.trackers import require_trackers
 from distmtl.versions import git_commit, versions
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass
@@ -111,26 +108,6 @@ def train(
             progress.close()
 
 
-def open_splits(config: Config, checked: bool = False) -> dict[str, Dataset]:
-    """Open every data set that the config names, and check it unless it was `checked` before.
-
-    Raises:
-        DistmtlError: the mistakes of all of them.
-    """
-    splits, mistakes = {}, []
-    for split in SPLITS:
-        if path := getattr(config.data, split):
-            try:
-                splits[split] = open_dataset(path)
-                if not checked:
-                    check_dataset(splits[split], config, split)
-            except DistmtlError as e:
-                mistakes.append(str(e))
-    if mistakes:
-        raise DistmtlError("\n".join(mistakes))
-    return splits
-
-
 class Training:
     """A run in progress on one rank: model, optimizers, pipeline, and where they are."""
 
@@ -153,6 +130,7 @@ class Training:
             counters=step_counters(self.model),
         )
         self.pipeline = make_pipeline(self.model, self.optimizers, process.device)
+        self.judge = Judge(config, self.folder, splits, process, self.train_model.model, self.pipeline)
         self.restarts = 0
         self.queued: Queued | None = None  # the newest step, not looked at yet
         self.asked: Request | None = None  # what the run was last asked to do
@@ -285,7 +263,7 @@ class Training:
             and result["steps"] == self.state.step
             and not result["stopped"]
             and result["metrics"].keys() >= self.splits.keys() - {"train"}
-            and result.get("calibration", {}) == self._calibrations_asked()
+            and result.get("calibration", {}) == self.judge.calibrations
         ):
             self.progress.say("note", step=self.state.step, text="this run is complete: its result is in result.json")
             self.progress.say("end", step=self.state.step, result=result)
@@ -312,12 +290,14 @@ class Training:
             self.progress.say("note", step=state.step, text=f"the best checkpoint, of step {state.best_step}, on all data:")
         metrics = {"unseen": state.unseen} if state.unseen else {}
         step = state.best_step or state.step
-        calibrations = {} if self.stopped else self._calibrate(step)
+        calibrations, notes = ({}, []) if self.stopped else self.judge.calibrate(step)
+        for note in notes:
+            self.progress.say("note", step=step, text=note)
         for split in SPLITS[1:]:
             if (step, split) in self.measured and not calibrations:
                 metrics[split] = self.measured[step, split]
             elif split in self.splits and not self.stopped:
-                loss, metrics[split] = self._measure(split, calibrations)
+                loss, metrics[split] = self.judge.measure(split, calibrations)
                 self.progress.say("evaluation", step=step, of=self.total_steps, split=split, loss=loss, metrics=metrics[split])
         result = {
             "run_dir": absolute(self.config.run_dir),
@@ -336,7 +316,7 @@ class Training:
             "skipped": state.skipped,
             "restarts": self.restarts,
             "stopped": self.stopped,
-            "calibration": self._calibrations_asked() if calibrations else {},
+            "calibration": self.judge.calibrations if calibrations else {},
             "metrics": metrics,
             "versions": versions(),
             "git": git_commit(),
@@ -417,7 +397,7 @@ class Training:
         state, monitor = self.state, self.config.train.monitor
         try:
             with self.meter.paused():
-                loss, metrics = self._measure("validation")
+                loss, metrics = self.judge.measure("validation")
             value = select(metrics, loss, monitor)[0]
         except DistmtlError as e:
             return e
@@ -450,42 +430,6 @@ class Training:
         if request == Request.SAVE and self.process.first:
             forget(self.folder, request)
         return request
-
-    def _measure(self, split: str, calibrations: Mapping[str, Calibration] | None = None) -> tuple[float, dict[str, dict[str, Any]]]:
-        with self._alone():
-            return evaluate_split(self.train_model.model, self.splits[split], self.config, self.process, calibrations)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """The model without its pipeline: else scores would come from batches in flight."""
-        ahead = self.pipeline if isinstance(self.pipeline, TrainPipelineSparseDist) else None
-        if ahead:
-            ahead.detach()
-        yield
-        if ahead:
-            ahead.attach(sparse_dist=False)  # left to itself it would send the ids in flight again, and forget how many sequences hold
-
-    def _calibrations_asked(self) -> dict[str, Any]:
-        return {task: c.model_dump(mode="json") for task, c in self.config.calibrations.items()}
-
-    def _calibrate(self, step: int) -> dict[str, Calibration]:
-        """Fit what the config asks for to the model as it is, that of the checkpoint of a step, and keep it beside the checkpoints."""
-        if not self.config.calibrations:
-            if self.process.first:
-                (self.folder / CALIBRATION).unlink(missing_ok=True)  # of a config that asked for one
-            return {}
-        with self._alone():
-            fitted, notes = calibrate(self.train_model.model, self.splits["validation"], self.config, self.process)
-        for note in notes:
-            self.progress.say("note", step=step, text=note)
-
-        def keep() -> None:
-            name = checkpoint.of_step(self.folder / "checkpoints", step).path.name
-            tasks = {task: calibration.to_dict() for task, calibration in fitted.items()}
-            write_json(self.folder / CALIBRATION, {"checkpoint": name, "step": step, "tasks": tasks})
-
-        on_first_rank(self.process, keep)
-        return fitted
 
     def _save(self) -> None:
         """Begin a checkpoint; training goes on as soon as its state is copied."""
@@ -543,27 +487,6 @@ class Training:
             *("  " + line for line in plan_text(self.planned, process.world_size).splitlines()),
         ]
         return "\n".join(lines)
-
-
-class Queued:
-    """A step that the device may still be at, and whether it was trained, on its way to the host."""
-
-    def __init__(self, numbers: StepNumbers):
-        self.numbers, self.flag = numbers, numbers.trained.to("cpu", non_blocking=True)
-        self.copied = torch.cuda.Event() if numbers.trained.is_cuda else None
-        if self.copied:
-            self.copied.record()
-
-    def trained(self) -> bool:
-        if self.copied:
-            self.copied.synchronize()
-        return bool(self.flag)
-
-
-def make_pipeline(model: DistributedModelParallel, optimizers: Optimizers, device: torch.device) -> Any:
-    """TorchRec's pipeline: overlapping input distribution with compute on CUDA, plain on CPU, where nothing is left to hide."""
-    kind = TrainPipelineSparseDist if device.type == "cuda" else TrainPipelineBase
-    return kind(model, optimizers, device)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -24,12 +24,13 @@ from distmtl.batch import Batch
 from distmtl.config import Config, Ids, StaticWeighting, TableConfig
 from distmtl.config_file import parse_config
 from distmtl.data.dataset import open_dataset
+from distmtl.data.splits import open_splits
 from distmtl.distributed.process import process_group, quieten
 from distmtl.distributed.ranks import run_ranks
 from distmtl.distributed.sharding import local_shards
 from distmtl.evaluation import evaluate
 from distmtl.exporting.writer import export
-from distmtl.loop import Training, open_splits, train
+from distmtl.loop import Training, train
 from distmtl.model.embeddings import DenseColumns
 from distmtl.model.experts import Experts
 from distmtl.model.head import Head

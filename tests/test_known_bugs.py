@@ -135,16 +135,16 @@ def test_a_conversion_is_scored_on_clicked_rows():
 
 def measured_splits(config: Config) -> tuple[list[int], int | None]:
     """Rows of every data set that a run measures, in order, and its best step."""
-    from distmtl import loop
+    from distmtl import judge, loop
 
     seen: list[int] = []
-    measure = loop.evaluate_split
+    measure = judge.evaluate_split
 
     def watched(model: Any, dataset: Any, *rest: Any) -> Any:
         seen.append(dataset.rows)
         return measure(model, dataset, *rest)
 
-    loop.evaluate_split = watched
+    judge.evaluate_split = watched
     result = loop.train(config, report=lambda record: None)
     return seen, result["best_step"]
 

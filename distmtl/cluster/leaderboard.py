@@ -84,7 +84,7 @@ def run_leaderboard(board: LeaderboardConfig, say: Say = print) -> Table:
 def _look(board: LeaderboardConfig, cells: list[Cell]) -> tuple[dict[tuple[Key, int], dict[str, Any]], list[tuple[int, Cell]]]:
     """Results that are there, and runs to train, all cells of a seed before the next seed. Cells that cannot be trained get their
     failure."""
-    from distmtl.loop import open_splits
+    from distmtl.data.splits import open_splits
     from distmtl.model.head import Head
     from distmtl.model.layout import Layout
 

@@ -63,7 +63,7 @@ def train_on_ray(
     Raises:
         DistmtlError: what a retry cannot mend, or more failures in a row than cluster.max_failures.
     """
-    from distmtl.loop import open_splits
+    from distmtl.data.splits import open_splits
     from distmtl.model.head import Head
     from distmtl.model.layout import Layout
 
@@ -76,7 +76,8 @@ def train_on_ray(
     report({"kind": "note", "text": f"data and config are sound; starting {config.cluster.workers} Ray Train worker(s) …"})
     set_hang_timeout(config.cluster)
     folder = place(config.run_dir)
-    settings = {"resume": "auto" if resume == "never" else resume, "policy": policy, "continue_from": continue_from}
+    origin = "auto" if resume in ("auto", "never") else absolute(resume)  # Ray's workers have directories of their own
+    settings = {"resume": origin, "policy": policy, "continue_from": continue_from}
     with session(config.cluster), passing_on(folder / LOG, report):
         worker = worker_resources(config.cluster, use_gpu=use_gpu(config.cluster))
         supervisor = Supervisor(

@@ -94,7 +94,7 @@ def _look(base: Base, trials: Sequence[Trial], found: dict[str, Any]) -> None:
     Raises:
         DistmtlError: data or a run that do not fit.
     """
-    from distmtl.loop import open_splits
+    from distmtl.data.splits import open_splits
     from distmtl.model.head import Head
     from distmtl.model.layout import Layout
 

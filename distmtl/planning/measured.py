@@ -13,9 +13,10 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distmtl.config import Config
+from distmtl.data.splits import open_splits
 from distmtl.distributed.process import process_group
 from distmtl.errors import DistmtlError
-from distmtl.loop import Training, open_splits
+from distmtl.loop import Training
 from distmtl.model.multitask import MultiTaskModel
 from distmtl.planning.hardware import Hardware
 from distmtl.planning.numbers import gib

@@ -88,8 +88,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_data, tmp_path, model):
 
 
 def buffers_of_ranks(config):
+    from distmtl.data.splits import open_splits
     from distmtl.distributed.process import process_group
-    from distmtl.loop import Training, open_splits
+    from distmtl.loop import Training
     from distmtl.progress import Progress
 
     with process_group(config) as process:

@@ -28,6 +28,7 @@ from distmtl import following, loop, stopping
 from distmtl.__main__ import main
 from distmtl.config_file import parse_config
 from distmtl.data.dataset import open_dataset
+from distmtl.data.splits import open_splits
 from distmtl.distributed.process import process_group
 from distmtl.errors import DistmtlError
 from distmtl.evaluation import evaluate
@@ -70,7 +71,7 @@ def in_one_go(config, source, names):
         for index, name in enumerate(names):
             of = config_of(config, source, index, name)
             if index == 0:
-                training = loop.Training(of, process, loop.open_splits(of), Progress(None, False, print))
+                training = loop.Training(of, process, open_splits(of), Progress(None, False, print))
             reader = loop.train_reader(of, open_dataset(of.data.train), process)
             batches, pipeline = reader.batches(0, STEPS), loop.make_pipeline(training.model, training.optimizers, process.device)
             training.model.train()

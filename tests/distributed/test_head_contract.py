@@ -43,8 +43,9 @@ def gradient_of(config: Config, run: ShortRun, name: str) -> Tensor:
 
 def gradients_of_a_step(config: Config, spoil: bool) -> tuple[Tensor, Tensor, int]:
     """Loss terms and dense gradient of one step in which every third row counts for no task; these rows' features spoilt or not."""
+    from distmtl.data.splits import open_splits
     from distmtl.distributed.process import process_group
-    from distmtl.loop import Training, open_splits
+    from distmtl.loop import Training
     from distmtl.progress import Progress
 
     with process_group(config) as process:

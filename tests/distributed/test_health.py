@@ -33,7 +33,8 @@ TASKS = [
 
 
 def training_of(config: Config, process: Any) -> Any:
-    from distmtl.loop import Training, open_splits
+    from distmtl.data.splits import open_splits
+    from distmtl.loop import Training
     from distmtl.progress import Progress
 
     training = Training(config, process, open_splits(config), Progress(None, False, print))

@@ -55,8 +55,9 @@ def changed(data, run, sharding):
 
 def start(config, policy):
     """What a run begins with, before and after it has looked for a checkpoint."""
+    from distmtl.data.splits import open_splits
     from distmtl.distributed.process import on_first_rank, process_group
-    from distmtl.loop import Training, open_splits
+    from distmtl.loop import Training
     from distmtl.progress import Progress
 
     with process_group(config) as process:

@@ -16,10 +16,11 @@ from worlds import run_world
 
 from distmtl import checkpoint
 from distmtl.config import Config
+from distmtl.data.splits import open_splits
 from distmtl.distributed.process import process_group
 from distmtl.distributed.sharding import local_shards
 from distmtl.errors import DistmtlError
-from distmtl.loop import Training, open_splits
+from distmtl.loop import Training
 from distmtl.progress import Progress
 from distmtl.saving import Saver
 from distmtl.storage import place

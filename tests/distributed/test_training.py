@@ -118,8 +118,9 @@ def test_early_stopping_keeps_the_best_and_tests_with_it(tiny_data, tmp_path):
 
 def nothing_known(config):
     """Gradients and losses of a step whose second task is masked everywhere, and where half of the first one's labels are."""
+    from distmtl.data.splits import open_splits
     from distmtl.distributed.process import process_group
-    from distmtl.loop import Training, open_splits
+    from distmtl.loop import Training
     from distmtl.progress import Progress
 
     with process_group(config) as process:
@@ -210,8 +211,9 @@ def state_after_loading(config):
     from pathlib import Path
 
     from distmtl import checkpoint
+    from distmtl.data.splits import open_splits
     from distmtl.distributed.process import process_group
-    from distmtl.loop import Training, open_splits
+    from distmtl.loop import Training
     from distmtl.progress import Progress
     from distmtl.saving import Saver
 
@@ -236,8 +238,9 @@ def test_profile_writes_a_trace(tiny_data, tmp_path):
 
 def clipped(config):
     """The dense gradient that a step used, and what clipping the pooled gradient by torch gives."""
+    from distmtl.data.splits import open_splits
     from distmtl.distributed.process import process_group
-    from distmtl.loop import Training, open_splits
+    from distmtl.loop import Training
     from distmtl.progress import Progress
 
     out = {}

@@ -14,9 +14,10 @@ from worlds import run_world, saved_state, train_world
 
 from distmtl.config import Config, WeightingConfig
 from distmtl.config_file import parse_config
+from distmtl.data.splits import open_splits
 from distmtl.distributed.process import process_group
 from distmtl.evaluation import evaluate
-from distmtl.loop import Training, open_splits
+from distmtl.loop import Training
 from distmtl.model import loss
 from distmtl.model.loss import StepNumbers
 from distmtl.model.weighting import Weighting, weighting

@@ -26,9 +26,10 @@ def write_config(folder: Path, raw: dict) -> Path:
     return path
 
 
-def start(*arguments: object) -> subprocess.Popen:
+def start(*arguments: object, cwd: Path | None = None) -> subprocess.Popen:
     command = [sys.executable, "-m", "distmtl", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "RAY_ADDRESS": "local"})
+    env = {**os.environ, "RAY_ADDRESS": "local"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd)
 
 
 def last_record(run: Path, kind: str) -> dict | None:
@@ -82,6 +83,16 @@ def test_bad_data_in_mid_run_ends_the_job_once(tiny_data, tmp_path):
     assert "feature 'user': id 100000" in err and "a.parquet, row 5900" in err and "raise rows" in err
     assert sum(r["kind"] == "start" for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())) == 1
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_weights_of_a_relative_path(tiny_data, tmp_path):
+    """It is the command's own directory that `--resume` is relative to, not the workers'."""
+    raw = tiny.raw(tiny_data, tmp_path / "first", train={"global_batch_size": 128, "steps": 4})
+    train_world(load_config(write_config(tmp_path, raw)), 1)
+    process = start("train", "config.yaml", f"run.dir={tmp_path / 'second'}", "--resume", "first", cwd=tmp_path)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert f"starting with the weights from {tmp_path / 'first' / 'checkpoints'}" in out
 
 
 @pytest.mark.parametrize("workers", [2])

@@ -22,9 +22,10 @@ from worlds import saved_state
 import distmtl
 from distmtl.config import Config, WeightingConfig
 from distmtl.config_file import parse_config
+from distmtl.data.splits import open_splits
 from distmtl.distributed.process import process_group
 from distmtl.errors import DistmtlError
-from distmtl.loop import Training, open_splits, train
+from distmtl.loop import Training, train
 from distmtl.model.kernels import linear_relu, mix, segment_sum, spread
 from distmtl.progress import Progress
 from distmtl.verification import ShortRun, loaded_state, short_run, unsharded_run
