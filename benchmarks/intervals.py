@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-CONFIDENCE = 0.95
+from distmtl.leaderboard import Mean
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class Interval:
 
 def interval(values: Sequence[float]) -> Interval:
     """Of the mean; infinite for a single value."""
-    x, n = np.asarray(values, float), len(values)
-    mean = float(x.mean())
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * x.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    return Interval(mean, mean - half, mean + half, n)
+    found = Mean.of(values)
+    assert found, "no values"
+    half = math.inf if found.half is None else found.half
+    return Interval(found.mean, found.mean - half, found.mean + half, found.n)
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
