@@ -74,6 +74,34 @@ def served(task: TaskConfig, predicted: Tensor) -> np.ndarray:
     return predicted.float().cpu().numpy()
 
 
+def meaning(config: Config, task: TaskConfig) -> str:
+    """What is served of a task, for people: its kind's number, and by its space of which rows (docs/models.md: funnels)."""
+    parents, space = " and ".join(task.parents), config.space(task)
+    given = f" | {parents}" if parents and space in ("observed", "entire") else ""
+    match task:
+        case BinaryTask() if space == "joint":
+            what = f"P({parents} and {task.name})"
+        case BinaryTask():
+            what = f"P({task.name}{given})"
+        case MulticlassTask():
+            what = f"P({task.name} = 0 … {task.classes - 1}{given})"
+        case OrdinalTask():
+            what = f"E({task.name}{given}), 0 to {task.levels - 1}"
+        case _:
+            what = f"E({task.name}{given})"
+    if not parents:
+        return what
+    return (
+        what
+        + {
+            "labelled": ", of rows like those that have its label",
+            "observed": f", learnt where {parents} happened",
+            "entire": ", learnt from all impressions",
+            "joint": ", of any impression",
+        }[space]
+    )
+
+
 class Scores:
     """The columns of a config's tasks:
 

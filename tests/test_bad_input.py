@@ -138,7 +138,8 @@ def damaged_page(f):
 def missing_column(f):
     path = f / "data/train/b.parquet"
     put(path, renamed(path, {"user": "user_", "tags": "labels"}))
-    return [f"column 'user' is missing in {path}; did you mean 'user_'?", "column 'tags' is missing in"]
+    change(f, "x", pa.array(["a"] * FILE_ROWS))
+    return [f"column 'user' is missing in {path}; did you mean 'user_'?", "column 'tags' is missing in", "column 'x' in"]
 
 
 def doubled_column(f):
@@ -156,8 +157,8 @@ def wrong_types(f):
     change(f, "p", pa.array(["0.5"] * FILE_ROWS), "validation/a")
     b = f"{f}/data/train/b.parquet"
     return [
-        f"column 'item' in {b} has type double, but feature 'item' needs integers or strings, or lists of them",
-        f"column 'x' in {b} has type string, but feature 'x' needs a number",
+        f"column 'item' in {b} has type double, but feature 'item' needs integers or strings, or lists of them; pandas",
+        f"column 'x' in {b} has type string, but feature 'x_bucket' needs a number",
         f"column 'image' in {b} has type double, but feature 'image' needs lists of floats",
         f"column 'click' in {b} has type binary, but label of task 'click' needs a number or boolean",
         f"column 'w' in {b} has type list<element: double>, but data.weight needs a number",
@@ -914,5 +915,7 @@ def test_the_config_command_shows_what_a_run_would_use(folder, capfd):
     assert main(["config", str(path), "train.epochs=3"]) == 0
     (folder / "shown.yaml").write_text(capfd.readouterr().out)
     assert load_config(folder / "shown.yaml") == load_config(path, ["train.epochs=3"])
+    assert main(["config", str(path), "run.dir=null", "name=mine"]) == 0
+    assert "\n  dir: runs/mine\n" in capfd.readouterr().out
     assert main(["config", str(path), "train.epoch=3"]) == 1
     assert capfd.readouterr().err.endswith("- train.epoch: unknown key; did you mean 'epochs'?\n")

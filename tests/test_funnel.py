@@ -18,6 +18,7 @@ from distmtl.model.funnel import joint_labels, joint_logit, lineage
 from distmtl.model.head import Head
 from distmtl.model.layout import Features, Layout
 from distmtl.model.loss import JointLoss, Terms
+from distmtl.scores import meaning
 
 UNKNOWN = math.nan
 CLICK, CONVERSION = 1, 0  # places: the child is listed first, so that a mistaken column shows
@@ -276,3 +277,19 @@ def test_a_product_of_bent_probabilities_is_refused(task, field, sentence):
     with pytest.raises(DistmtlError) as e:
         config({"kind": "esmm"}, **{task: field})
     assert sentence in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "said"),
+    [
+        ("mmoe", {}, "P(conversion | click), learnt where click happened"),
+        ("mmoe", {"space": "labelled"}, "P(conversion), of rows like those that have its label"),
+        ("esmm", {}, "P(conversion | click), learnt from all impressions"),
+        ("aitm", {}, "P(click and conversion), of any impression"),
+        ("mmoe", {"kind": "regression"}, "E(conversion | click), learnt where click happened"),
+    ],
+)
+def test_what_a_score_is_called(model, task, said):
+    """The table in docs/models.md."""
+    built = config({"kind": model}, conversion=task)
+    assert [meaning(built, t) for t in built.tasks] == [said, "P(click)"]

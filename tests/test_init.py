@@ -84,12 +84,40 @@ LEFT_OUT = {
     "uuid": (column([f"{i:032x}" for i in ROW]), "no value is there twice"),
     "visit": (column(ROW // 3, "session_id"), "names a visit"),
     "text of times": (column(["2024-01-02 10:00:00", "2024-01-03"] * (N // 2)), "a time as text"),
+    "text of days first": (column([f"{1 + i % 28}/12/2024" for i in ROW]), "such as '1/12/2024'; write it as a timestamp, year first"),
     "long text": (column([f"{i % 9} " + "so it goes " * 9 for i in ROW]), "long text"),
     "ragged floats": (column([[0.5] * (1 + i % 3) for i in ROW]), "lists of 1 to 3 floats"),
     "null in a list": (column([[1, None]] * N), "nulls inside its lists"),
     "NaN in a vector": (column([[1.0, float("nan")]] * N), "NaN or infinite"),
     "struct": (column([{"a": 1}] * N), "type struct"),
 }
+
+
+SAID = {
+    "lists in text": (column(["|".join("abcdef"[i % 3 : 1 + i % 7]) for i in ROW]), "71 % look like lists, such as 'a|b|c|d'"),
+    "lists with commas": (column([", ".join("abcdef"[i % 3 : 4]) for i in ROW]), "100 % look like lists, such as 'a, b, c, d'"),
+    "money in text": (
+        column([f"${i % 900 + 200:,}" for i in ROW]),
+        "100 % look like numbers with signs or commas, such as '$200': write plain",
+    ),
+    "thousands in text": (column([f"{i % 50 * 40:,}" for i in ROW]), "50 % look like numbers with signs or commas, such as '1,000'"),
+    "ids far from 0": (column(ROW % 501 + 10**6), "1,000,000 to 1,000,500: of 1,000,501 rows most would never be read, so they are hashed"),
+    "ids near each other": (column(ROW % 501 + 10**6), "subtract 1,000,000 from them, and each has a row of its own"),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_was_seen_and_how_to_mend_it_is_said(case):
+    values, why = SAID[case]
+    assert why in guess(values, values.name).why
+
+
+@pytest.mark.parametrize(
+    "values", [[f"Drama, {i % 400} (2001)" for i in ROW], [f"{i % 300:05d}" for i in ROW], [f"10.0.{i % 9}" for i in ROW]]
+)
+def test_other_text_is_text(values):
+    found = guess(column(values), "x")
+    assert found.feature["kind"] == "id" and "look like" not in found.why and "time" not in found.why
 
 
 @pytest.mark.parametrize("case", LEFT_OUT)

@@ -116,6 +116,20 @@ def test_mistakes(known, body, sentence):
     assert e.value.status == 422
 
 
+def test_all_mistakes_are_told_at_once(known):
+    body = with_context(usr=1, x="a")
+    del body["candidates"]["image"]
+    body["candidates"] |= {"item": 1, "tags": [[1]]}
+    with pytest.raises(BadRequest) as refused:
+        parse_rows(body, known, PLAIN, LIMITS)
+    told = str(refused.value).split(" | ")
+    assert told[0].startswith("context: the model reads no 'usr'") and {t.split(" is ")[0] for t in told[1:]} == {
+        "candidates.item",
+        "context.x",
+        "'image'",
+    }
+
+
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import shlex
 import shutil
 import threading
 import time
@@ -297,6 +298,21 @@ def test_metrics(exports, serve):
     assert float(lines['distmtl_ids_total{version="v0"}']) == ids
     assert lines['distmtl_requests_total{status="200"}'] == lines['distmtl_requests_total{status="400"}'] == "1.0"
     assert lines['distmtl_request_seconds_count{version="v0"}'] == "1.0" and float(lines['distmtl_model_sequence{version="v0"}']) == 1
+
+
+def test_a_request_that_can_be_pasted(exports, serve, tmp_path):
+    """With the token and the price that this server asks for."""
+    (tmp_path / "a token").write_text("secret")
+    (tmp_path / "fusion.yaml").write_text("fusion: {kind: product, tasks: {click: {}}, price: cost}")
+    more = {"token": str(tmp_path / "a token"), "fusion": str(tmp_path / "fusion.yaml")}
+    service = serve(exports, exports, **more)
+    curl, _, url, _, authorization, _, body = shlex.split(service.settings.request("http://localhost:8000"))
+    assert curl == "curl" and url == "http://localhost:8000/v1/score"
+    assert authorization == f"Authorization: Bearer $(cat '{tmp_path}/a token')"
+    status, got = served.answer(service, body.encode(), headers={"authorization": "Bearer secret"})
+    assert status == 200 and got["version"] == "v0" and len(got["order"]) == 2
+    scores = described(exports, LIMITS)["components"]["schemas"]["Response"]["properties"]["scores"]["properties"]
+    assert scores["click"]["description"] == "P(click)" and "| click | P(click) |" in service.versions["v0"].card()
 
 
 @pytest.fixture(scope="module")

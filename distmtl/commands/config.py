@@ -17,4 +17,6 @@ def add(p: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     from distmtl.config_file import dump_config, load_config
 
-    print(dump_config(load_config(a.config, a.overrides)), end="")
+    config = load_config(a.config, a.overrides)
+    run = config.run.model_copy(update={"dir": config.run_dir})  # by default it follows from the name
+    print(dump_config(config.model_copy(update={"run": run})), end="")

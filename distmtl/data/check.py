@@ -2,7 +2,7 @@
 
 Types and columns are checked in every file, id ranges and null counts from every row group's statistics (free: they are in
 the footers), values in a sample of rows. What slips through is caught row by row when it is read. Of rows to be scored, columns
-and types alone: a bad value costs one row, not all.
+and types alone: a bad value costs one row, not all. There, ids may be floats that are whole, as pandas has integers with nulls.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from distmtl.errors import DistmtlError
 
 SAMPLE_ROWS = 4096
 SAMPLE_PARTS = 4
+PANDAS = "pandas makes floats of integers with nulls: write .astype('Int64')"
 
 
 def check_dataset(dataset: Dataset, config: Config, split: str | None) -> None:
@@ -42,7 +43,7 @@ def check_dataset(dataset: Dataset, config: Config, split: str | None) -> None:
     kinds: dict[str, tuple[pa.DataType, str]] = {}  # every column's type so far, and a file that has it
 
     def look(file: pq.ParquetFile, p: int, path: str) -> list[str]:
-        found = _schema_mistakes(file.schema_arrow, collator, config, path, kinds) or _range_mistakes(file, config, path, unknown)
+        found = list(_schema_mistakes(file.schema_arrow, collator, path, kinds).values()) or _range_mistakes(file, config, path, unknown)
         if not found and p % max(len(dataset.parts) // SAMPLE_PARTS, 1) == 0:
             found = collator.mistakes(_sample(file, dataset, p, collator.columns))
         return found
@@ -69,10 +70,30 @@ def check_to_score(dataset: Dataset, config: Config, columns: Mapping[str, Kind]
     kinds: dict[str, tuple[pa.DataType, str]] = {}
 
     def look(file: pq.ParquetFile, _: int, path: str) -> list[str]:
-        schema = file.schema_arrow
-        return _schema_mistakes(schema, collator, config, path, kinds, kept) or _hashed_otherwise(schema, columns, path)
+        return _mistakes_to_score(file.schema_arrow, collator, columns, path, kinds, kept)
 
     _refuse(_of_files(dataset, look), f"data {dataset.path}")
+
+
+def check_table_to_score(schema: pa.Schema, collator: Collator, columns: Mapping[str, Kind]) -> None:
+    """The same of a table in memory.
+
+    Raises:
+        DistmtlError: every mistake, by column.
+    """
+    _refuse(_mistakes_to_score(schema, collator, columns, "the table", {}), "rows to score")
+
+
+def _mistakes_to_score(
+    schema: pa.Schema,
+    collator: Collator,
+    columns: Mapping[str, Kind],
+    path: str,
+    kinds: dict[str, tuple[pa.DataType, str]],
+    kept: Iterable[str] = (),
+) -> list[str]:
+    whole = [f.with_type(pa.int64()) if columns.get(f.name) == "integer" and pa.types.is_floating(f.type) else f for f in schema]
+    return list((_schema_mistakes(pa.schema(whole), collator, path, kinds, kept) | _hashed_otherwise(schema, columns, path)).values())
 
 
 def _of_files(dataset: Dataset, look: Callable[[pq.ParquetFile, int, str], list[str]]) -> list[str]:
@@ -96,56 +117,53 @@ def _refuse(mistakes: list[str], what: str) -> None:
 
 
 def _schema_mistakes(
-    schema: pa.Schema,
-    collator: Collator,
-    config: Config,
-    path: str,
-    kinds: dict[str, tuple[pa.DataType, str]],
-    kept: Iterable[str] = (),
-) -> list[str]:
-    """Columns missing, of a wrong type, or of one that does not go together with the files' before."""
-    out = []
+    schema: pa.Schema, collator: Collator, path: str, kinds: dict[str, tuple[pa.DataType, str]], kept: Iterable[str] = ()
+) -> dict[str, str]:
+    """Column → what is wrong: missing, of a wrong type, or of one that does not go together with the files' before."""
+    config, out = collator.config, dict[str, str]()
     for name in dict.fromkeys([*collator.columns, *kept]):
         if name not in schema.names:
             close = difflib.get_close_matches(name, schema.names, n=1)
             hint = (
                 f"did you mean {close[0]!r}?" if close else f"it has {', '.join(schema.names[:12])}{' …' if len(schema.names) > 12 else ''}"
             )
-            out.append(f"column {name!r} is missing in {path}; {hint}")
+            out[name] = f"column {name!r} is missing in {path}; {hint}"
         elif schema.names.count(name) > 1:
-            out.append(f"column {name!r} is {schema.names.count(name)} times in {path}; which one is meant cannot be told")
-    if out:
-        return out
+            out[name] = f"column {name!r} is {schema.names.count(name)} times in {path}; which one is meant cannot be told"
     wanted = [(f.source, f"feature {f.name!r}", *_wanted(f)) for f in config.features]
     if collator.labelled:
         wanted += [(t.column, f"label of task {t.name!r}", _is_number, "a number or boolean") for t in config.tasks]
     if config.data.weight and collator.labelled:
         wanted.append((config.data.weight, "data.weight", _is_number, "a number"))
     if config.data.group and collator.labelled:
-        wanted.append((config.data.group, "data.group", lambda k: _is_integer(k) or is_string(k), "an integer or string"))
+        wanted.append((config.data.group, "data.group", lambda k: _is_integer(k) or is_string(k), "integers or strings"))
     wanted += [(c, "true_probability", _is_number, "a number") for c in collator.oracles if c]
     wanted += [(c, f"task {t.name!r}", _is_number, "a number") for c, t in zip(collator.extras, config.tasks, strict=False) if c]
     for name, what, fits, words in wanted:
+        if name in out:
+            continue
         kind = _plain(schema.field(name).type)
         if not (fits(kind) or pa.types.is_null(kind)):
-            out.append(f"column {name!r} in {path} has type {kind}, but {what} needs {words}")
+            mend = f"; {PANDAS}" if pa.types.is_floating(kind) and words.startswith("integers") else ""
+            out[name] = f"column {name!r} in {path} has type {kind}, but {what} needs {words}{mend}"
             continue
         before, first = kinds.setdefault(name, (kind, path))
         pair = [pa.schema([(name, alike_type(k))]) for k in (before, kind)]
         try:
             kinds[name] = pa.unify_schemas(pair, promote_options="permissive").field(name).type, path if pa.types.is_null(before) else first
         except pa.ArrowTypeError:
-            out.append(f"column {name!r} has type {before} in {first}, but {kind} in {path}; use one type")
+            out[name] = f"column {name!r} has type {before} in {first}, but {kind} in {path}; use one type"
     return out
 
 
-def _hashed_otherwise(schema: pa.Schema, columns: Mapping[str, Kind], path: str) -> list[str]:
+def _hashed_otherwise(schema: pa.Schema, columns: Mapping[str, Kind], path: str) -> dict[str, str]:
     """Columns of strings that were none in training, or the other way round: a string's hash would stand for another row of the table."""
-    out = []
+    out = {}
     for name, then in columns.items():
-        kind = schema.field(name).type
-        if not pa.types.is_null(kind) and ((now := kind_of(kind)).endswith("string") != then.endswith("string")):
-            out.append(
+        kind = schema.field(name).type if schema.names.count(name) == 1 else pa.null()
+        known = is_string(_inner(_plain(kind))) or _is_number(_inner(_plain(kind)))  # of other types a feature's needs say more
+        if known and (now := kind_of(kind)).endswith("string") != then.endswith("string"):
+            out[name] = (
                 f"column {name!r} in {path} holds {now.removeprefix(OF)}s, but the model was trained on {then.removeprefix(OF)}s in it; "
                 "write it as it was then"
             )

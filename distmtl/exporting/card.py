@@ -7,6 +7,7 @@ import json
 from distmtl.checkpoint import Checkpoint
 from distmtl.config import Config
 from distmtl.exporting.manifest import Manifest
+from distmtl.scores import meaning
 
 
 def card(manifest: Manifest, found: Checkpoint, config: Config) -> str:
@@ -17,6 +18,10 @@ def card(manifest: Manifest, found: Checkpoint, config: Config) -> str:
         f"# {manifest.name}",
         "",
         f"A {config.model.kind} model of {len(config.tasks)} tasks: {', '.join(f'{t.name} ({t.kind})' for t in config.tasks)}.",
+        "",
+        "| task | its score |",
+        "|---|---|",
+        *(f"| {t.name} | {meaning(config, t).replace('|', chr(92) + '|')} |" for t in config.tasks),
         "",
         "## Training",
         "",

@@ -7,6 +7,7 @@ import hmac
 import json
 import os
 import random
+import shlex
 import sys
 import threading
 import time
@@ -27,8 +28,8 @@ from distmtl.distributed.matmul import fastest_fp32
 from distmtl.errors import DistmtlError
 from distmtl.exporting import manifest
 from distmtl.serving.counters import CONTENT_TYPE, Counters
-from distmtl.serving.following import Followed, Version, chains
-from distmtl.serving.fusion import AnyFusion, check_fusion, fuse, parse_fusion, read_fusion
+from distmtl.serving.following import Followed, Version, chains, described
+from distmtl.serving.fusion import AnyFusion, ProductFusion, check_fusion, fuse, parse_fusion, read_fusion
 from distmtl.serving.openapi import JSON
 from distmtl.serving.request import BadRequest, Limits, parse_body, parse_rows
 from distmtl.serving.scorer import Scorer
@@ -76,6 +77,18 @@ class Settings:
         versions = {name: os.path.abspath(path) for name, path in self.versions.items()}
         fusion, token = (path and os.path.abspath(path) for path in (self.fusion, self.token))
         return replace(self, versions=versions, fusion=fusion, token=token)
+
+    def request(self, url: str) -> str:
+        """A command that sends one request: the example in the OpenAPI document of the first version."""
+        name, path = next(iter(self.versions.items()))
+        body = described(Path(path), self.limits)["paths"]["/v1/score"]["post"]["requestBody"]["content"][JSON]["example"]
+        fusion = read_fusion(Path(self.fusion)) if self.fusion else None
+        if isinstance(fusion, ProductFusion) and fusion.price and fusion.price not in body["context"]:
+            body["candidates"].setdefault(fusion.price, [1.0, 2.0])
+        if len(self.versions) > 1:
+            body["version"] = name
+        token = f' -H "Authorization: Bearer $(cat {shlex.quote(self.token)})"' if self.token else ""
+        return f"curl -s {url}/v1/score{token} -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
 
     def check(self) -> None:
         """What can be seen without loading a model.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from distmtl.config import Config, IdFeature, Ids, NumericFeature, SequenceFeature, VectorFeature
+from distmtl.config import BucketFeature, Config, IdFeature, Ids, NumericFeature, SequenceFeature, VectorFeature
 from distmtl.data.collate import Collator, inputs_of_tasks
 from distmtl.data.schema import OF, Kind, arrow_type
 
@@ -25,6 +26,7 @@ class Column:
         lengths: least and most elements of a list; None where it holds no lists.
         bounds: least and most of its numbers.
         nullable: null stands for unknown.
+        typical: a value in the middle of its numbers, where a feature knows one.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Column:
     lengths: tuple[int, int] | None
     bounds: tuple[float, float]
     nullable: bool
+    typical: float | None = None
 
     @property
     def type(self) -> pa.DataType:
@@ -51,7 +54,7 @@ def columns(config: Config, kinds: dict[str, Kind], max_list: int) -> dict[str, 
 
 def _column(name: str, config: Config, collator: Collator, kind: Kind, max_list: int) -> Column:
     low, high = INT64 if kind.endswith("integer") else (-FLOAT64, FLOAT64)
-    least, most, nullable = 0, max_list, True
+    least, most, nullable, typical = 0, max_list, True, None
     for f in (f for f in config.features if f.source == name):
         if f.name in collator.one_each and not (isinstance(f, IdFeature) and f.missing == "row"):
             nullable, least = False, 1
@@ -65,9 +68,13 @@ def _column(name: str, config: Config, collator: Collator, kind: Kind, max_list:
                     most = min(most, f.max_length)
             case VectorFeature():
                 least, most, low, high = f.width, f.width, max(low, -FLOAT32), min(high, FLOAT32)
-            case NumericFeature(log=False, std=std):
-                low, high = max(low, -FLOAT32 * std), min(high, FLOAT32 * std)
+            case NumericFeature(log=log, mean=mean, std=std):
+                typical = float(f"{math.copysign(math.expm1(min(abs(mean), 80.0)), mean) if log else mean:.3g}")
+                if not log:
+                    low, high = max(low, -FLOAT32 * std), min(high, FLOAT32 * std)
+            case BucketFeature(boundaries=edges):
+                typical = edges[len(edges) // 2]
     if name in inputs_of_tasks(config):
         low = max(low, 0)
     lists = kind.startswith(OF)
-    return Column(name, kind.removeprefix(OF), (least, most) if lists else None, (low, high), nullable)  # type: ignore[arg-type]
+    return Column(name, kind.removeprefix(OF), (least, most) if lists else None, (low, high), nullable, typical)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from typing import Any
 
 from distmtl.config import Config, MulticlassTask
 from distmtl.exporting.manifest import Manifest
+from distmtl.scores import meaning
 from distmtl.serving.columns import MAX_STRING, Column
 from distmtl.serving.fusion import FUSION
 from distmtl.serving.request import PRICE, Limits
@@ -20,7 +21,7 @@ def openapi(manifest: Manifest, config: Config, columns: dict[str, Column], limi
         "Fusion": fusion,
         "Request": _request(columns, limits),
         "Response": _response(config),
-        "Error": _object({"error": {"type": "string", "description": "one sentence"}}),
+        "Error": _object({"error": {"type": "string", "description": "what is wrong, a sentence for each mistake"}}),
     }
     refused = {
         status: _answer(text, {"$ref": f"{REF}Error"})
@@ -48,7 +49,10 @@ def openapi(manifest: Manifest, config: Config, columns: dict[str, Column], limi
                             "description": "a user or session: all its requests get the same version",
                         }
                     ],
-                    "requestBody": {"required": True, "content": {JSON: {"schema": {"$ref": f"{REF}Request"}}}},
+                    "requestBody": {
+                        "required": True,
+                        "content": {JSON: {"schema": {"$ref": f"{REF}Request"}, "example": example(manifest, config, columns)}},
+                    },
                     "responses": {"200": _answer("scores", {"$ref": f"{REF}Response"}), **refused},
                 }
             },
@@ -66,6 +70,29 @@ def openapi(manifest: Manifest, config: Config, columns: dict[str, Column], limi
         "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],
     }
+
+
+def example(manifest: Manifest, config: Config, columns: dict[str, Column]) -> dict[str, Any]:
+    """A request that the model answers: two candidates, for one of data.group where the model reads that."""
+    varying = {name: [_typical(column, i) for i in (1, 2)] for name, column in columns.items()}
+    domain = next((f.source for f in config.features if f.name == config.domain), None)
+    if domain and manifest.domains and columns[domain].item == "integer":
+        varying[domain] = [manifest.domains[0]] * 2
+    context = {name: varying.pop(name)[0] for name in list(varying) if name == config.data.group and len(varying) > 1}
+    return {"context": context, "candidates": varying}
+
+
+def _typical(column: Column, i: int) -> Any:
+    """A value of it, of integers that are ids the i-th; null for a vector."""
+    if column.lengths and column.lengths[0] > 1 and column.nullable:
+        return None
+    low, high = column.bounds
+    if column.item == "string":
+        value: Any = f"{column.name}-{i}"[-MAX_STRING:]
+    else:
+        value = min(max(i if column.typical is None else column.typical, low), high)
+        value = round(value) if column.item == "integer" else value
+    return value if column.lengths is None else [value] * max(column.lengths[0], min(column.lengths[1], 1))
 
 
 def _answer(text: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -115,6 +142,7 @@ def _response(config: Config) -> dict[str, Any]:
     scores = {
         t.name: {
             "type": "array",
+            "description": meaning(config, t),
             "items": {"type": "array", "items": number, "minItems": t.classes, "maxItems": t.classes}
             if isinstance(t, MulticlassTask)
             else number,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,20 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distmtl.calibration import Calibration
-from distmtl.config import Config, MulticlassTask
+from distmtl.config import Config, Ids, MulticlassTask
+from distmtl.data.check import check_table_to_score
 from distmtl.data.collate import ROW, Collator
 from distmtl.data.rows import Rows, batch_of
-from distmtl.data.schema import arrow_type, kind_of
+from distmtl.data.schema import arrow_type
 from distmtl.errors import DistmtlError
 from distmtl.exporting import manifest, program
 from distmtl.exporting.manifest import MODEL, Manifest
 from distmtl.exporting.program import Run
 from distmtl.scores import Predictions, served
 from distmtl.serving.lookup import Changed, Lookup
+
+# KeyedJaggedTensor asks torch.fx whether it is being traced, and torch warns of how it asks.
+logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: not record.getMessage().startswith("is_fx_tracing"))
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Predictor:
         self.collate = Collator(self.config, labelled=False)
         self.schema = pa.schema([(name, arrow_type(self.manifest.columns[name])) for name in self.collate.columns])
         self.fits = self.schema  # of the rows that came last
+        self.ids = {f.source for f in self.config.features if isinstance(f, Ids) and self.manifest.columns[f.source] == "integer"}
         self.lookup = Lookup(self.config, self.manifest.row_format)
         self.lookup.load(folder)
         self.hashes = program.hashes(self.config)
@@ -114,7 +120,7 @@ class Predictor:
         """Task → (n,) float32, a probability of a binary one, or (n, classes) probabilities, of rows in their order.
 
         Args:
-            table: has `self.schema`'s columns, in types that training data may have.
+            table: has `self.schema`'s columns, in types that training data may have; ids also as floats that are whole, NaN being null.
 
         Raises:
             DistmtlError: a value that the model does not take, with its column and row (counted from 0).
@@ -131,7 +137,9 @@ class Predictor:
         if not n:
             none = {t.name: np.zeros((0, t.classes) if isinstance(t, MulticlassTask) else 0, np.float32) for t in self.config.tasks}
             return Scored(none, np.zeros(0, np.int64), np.zeros(0, np.int64))
-        self._refuse_other_columns(table.schema)
+        if table.schema is not self.fits and not table.schema.equals(self.fits):
+            check_table_to_score(table.schema, self.collate, self.manifest.columns)
+            self.fits = table.schema
         rows = self.checked(table.append_column(ROW, pa.array(np.arange(n))))
         batch = batch_of([(rows, 0, n)], self.collate.keys, n)
         with torch.inference_mode():
@@ -140,24 +148,15 @@ class Predictor:
             predictions = {t.name: served(t, p) for t, p in zip(self.config.tasks, predicted, strict=True)}
         return Scored(predictions, batch.sparse.lengths().numpy().reshape(-1, n).sum(0), rows.replaced)
 
-    def _refuse_other_columns(self, schema: pa.Schema) -> None:
-        """Strings where integers were trained would be hashed to other rows of the tables, and the other way round."""
-        if schema is self.fits or schema.equals(self.fits):
-            return
-        for name, then in self.manifest.columns.items():
-            if name not in schema.names:
-                raise DistmtlError(f"column {name!r} is missing; the model reads {', '.join(self.manifest.columns)}")
-            kind = schema.field(name).type
-            if not pa.types.is_null(kind) and (now := kind_of(kind)).endswith("string") != then.endswith("string"):
-                raise DistmtlError(f"column {name!r} holds {now}, but the model was trained on {then} in it; give it as it was then")
-        self.fits = schema
-
     def checked(self, table: pa.Table) -> Rows:
         """What the model reads of a table that has a column ROW, checked.
 
         Raises:
             DistmtlError: a value that the model does not take, with its column and row.
         """
+        for i, field in enumerate(table.schema):
+            if field.name in self.ids and pa.types.is_floating(field.type):
+                table = table.set_column(i, field.name, _integers(table[field.name], field.name, table[ROW]))
         rows = self.collate(table)
         if rows.domain is None or self.manifest.domains is None:
             return rows
@@ -180,6 +179,24 @@ class Predictor:
             lengths = torch.cat([lengths, lengths.new_tensor(self.hashes)[:, None].expand(-1, more)], dim=1)
             domain = None if domain is None else torch.cat([domain, domain.new_zeros(more)])
         return self.program(pooled, lists, lengths, dense, domain)[:n]
+
+
+def _integers(floats: pa.ChunkedArray, name: str, rows: pa.ChunkedArray) -> pa.Array:
+    """What pandas made floats of because some were null.
+
+    Raises:
+        DistmtlError: one is not whole, or too large for its float to tell it from its neighbour.
+    """
+    x = floats.to_numpy()  # null is NaN
+    null = np.isnan(x)
+    wrong = ~null & ((x != np.trunc(x)) | (np.abs(x) >= 2.0 ** (np.finfo(x.dtype).nmant + 1)))
+    if wrong.any():
+        i = int(np.flatnonzero(wrong)[0])
+        what = "is not whole" if x[i] != np.trunc(x[i]) else f"is beyond the integers that a {floats.type} holds exactly"
+        raise DistmtlError(
+            f"column {name!r}: {x[i]} at row {rows[i]} {what}, and the model was trained on integers; write those, null where unknown"
+        )
+    return pa.array(np.where(null, 0, x).astype(np.int64), mask=null)
 
 
 def _loaded(folder: Path, of: Manifest, config: Config) -> tuple[Run, Predictions]:

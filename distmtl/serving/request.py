@@ -1,4 +1,4 @@
-"""A request's JSON → rows for the Predictor. Every value is looked at, and whatever is wrong is told in one sentence.
+"""A request's JSON → rows for the Predictor. Every value is looked at, and whatever is wrong is told: of every column one sentence.
 
     {"context": {column: value}, "candidates": {column: [value, …]}, "fusion": {…}, "version": "name"}
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from distmtl.errors import DistmtlError
 from distmtl.serving.columns import FLOAT64, INT64, MAX_STRING, Column
 from distmtl.serving.fusion import AnyFusion, LinearFusion, ProductFusion
 
+MISTAKES = 20  # that are told at once
 MAX_SPREAD = 64 << 20  # bytes of a column of the context, once for every candidate
 KEYS = ("context", "candidates", "fusion", "version")
 PRICE = Column("price", "number", None, (5e-324, FLOAT64), False)
@@ -119,47 +120,56 @@ def _no_constant(text: str) -> None:
 def parse_rows(raw: dict[str, Any], columns: dict[str, Column], fusion: AnyFusion, limits: Limits) -> Request:
     """
     Raises:
-        BadRequest: a column is missing, given twice, unknown, or one of its values is none of its.
+        BadRequest: columns are missing, given twice, unknown, or one of their values is none of theirs; all of them at once.
     """
     context, candidates = raw["context"], raw["candidates"]
     prices = {PRICE.name: PRICE}
     if isinstance(fusion, ProductFusion) and fusion.price:
         prices[fusion.price] = Column(fusion.price, PRICE.item, PRICE.lengths, PRICE.bounds, PRICE.nullable)
     known = prices | columns
-    for place in ("context", "candidates"):
-        for name in raw[place]:
-            if name not in known:
-                raise BadRequest(422, f"{place}: the model reads no {_shown(name)}{did_you_mean(name, known)}")
-    n = _count(candidates, limits)
+    unknown = ((place, name) for place in ("context", "candidates") for name in raw[place] if name not in known)
+    wrong = [
+        BadRequest(422, f"{place}: the model reads no {_shown(name)}{did_you_mean(name, known)}")
+        for place, name in islice(unknown, MISTAKES)
+    ]
+    n = 0
+    try:
+        n = _count(candidates, limits)
+    except BadRequest as e:
+        wrong.append(e)
     arrays: dict[str, pa.Array] = {}
     everywhere = pa.array(np.zeros(n, dtype=np.int32))
     for name, column in known.items():
-        if name in context and name in candidates:
-            raise BadRequest(422, f"{_shown(name)} is given in context and in candidates; give it once")
-        if name in context:
-            once = _array([context[name]], column, f"context.{name}")
-            if once.nbytes * n > MAX_SPREAD:
-                raise BadRequest(413, f"context.{name} has {once.nbytes:,} bytes, and there are {n} candidates; send fewer at once")
-            arrays[name] = once.take(everywhere)
-        elif name in candidates:
-            arrays[name] = _array(candidates[name], column, f"candidates.{name}")
-        elif name in columns:
-            raise BadRequest(422, f"{_shown(name)} is missing; give it in context, or in candidates for each")
+        try:
+            if name in context and name in candidates:
+                raise BadRequest(422, f"{_shown(name)} is given in context and in candidates; give it once")
+            if name in context:
+                once = _array([context[name]], column, f"context.{name}")
+                if once.nbytes * n > MAX_SPREAD:
+                    raise BadRequest(413, f"context.{name} has {once.nbytes:,} bytes, and there are {n} candidates; send fewer at once")
+                arrays[name] = once.take(everywhere)
+            elif name in candidates:
+                if not isinstance(candidates[name], list):
+                    raise BadRequest(422, f"candidates.{name} is {_what(candidates[name])}; give a list, one value for each candidate")
+                arrays[name] = _array(candidates[name], column, f"candidates.{name}")
+            elif name in columns:
+                raise BadRequest(422, f"{_shown(name)} is missing; give it in context, or in candidates for each")
+        except BadRequest as e:
+            wrong.append(e)
+    if wrong:
+        raise BadRequest(wrong[0].status, " | ".join(map(str, wrong[:MISTAKES])))
     return Request(pa.table({name: arrays[name] for name in columns}), fusion, _price(fusion, arrays))
 
 
 def _count(candidates: dict[str, Any], limits: Limits) -> int:
-    first = next(iter(candidates), None)
-    if first is None:
+    if not candidates:
         raise BadRequest(422, "candidates has no column; give those that differ between candidates")
-    for name, values in candidates.items():
-        if not isinstance(values, list):
-            raise BadRequest(422, f"candidates.{name} is {_what(values)}; give a list, one value for each candidate")
-        if len(values) != len(candidates[first]):
-            raise BadRequest(
-                422, f"candidates.{name} has {len(values)} values, and candidates.{first} {len(candidates[first])}; give one each"
-            )
-    if (n := len(candidates[first])) > limits.candidates:
+    lengths = {name: len(values) for name, values in candidates.items() if isinstance(values, list)}
+    first = next(iter(lengths), "")
+    for name, length in lengths.items():
+        if length != lengths[first]:
+            raise BadRequest(422, f"candidates.{name} has {length} values, and candidates.{first} {lengths[first]}; give one each")
+    if (n := lengths.get(first, 0)) > limits.candidates:
         raise BadRequest(422, f"{n} candidates, and a request may have {limits.candidates}; send several requests")
     return n
 

@@ -37,6 +37,9 @@ from distmtl.exporting.writer import _new_folder, export_delta
 from distmtl.run_directory import find_checkpoint
 from distmtl.serving.batch import in_this_process, open_job, predict
 from distmtl.serving.comparison import Comparison, checkpoint_predictions, compare, first_rows, refuse_apart
+from distmtl.serving.following import Model
+from distmtl.serving.openapi import example
+from distmtl.serving.request import Limits, parse_rows
 
 quiet = lambda text: None  # noqa: E731
 
@@ -75,7 +78,16 @@ def apart(config: Config, out: Path) -> float:
     found = run_world(_compare, 1, config.run_dir, str(out))[0]
     refuse_apart(found)
     assert [c.task for c in found] == [t.name for t in config.tasks]
+    answers_its_example(out)
     return max(c.difference for c in found)
+
+
+def answers_its_example(out: Path) -> None:
+    """The request that OpenAPI and `distmtl serve` show is one that the model answers."""
+    model = Model.load(out, Limits())
+    body = example(model.predictor.manifest, model.predictor.config, model.columns)
+    for scores in model.predictor(parse_rows(body, model.columns, model.fusion, model.limits).table).values():
+        assert len(scores) == 2 and np.isfinite(scores).all()
 
 
 @pytest.mark.parametrize("head", test_head_contract.HEADS)
@@ -165,11 +177,30 @@ def test_any_number_of_rows(run, exported, n):
 def test_other_columns_than_in_training(run, exported):
     """A string would be hashed where an integer was a row of the table: another row's embedding, without a word."""
     predictor, table = Predictor(exported), rows_of(run, 2)
-    for name, values, words in (("user", ["1", "2"], "holds string"), ("city", [1, 2], "trained on string")):
+    for name, values, words in (
+        ("user", ["1", "2"], "holds strings"),
+        ("city", [1.0, 2.0], "trained on strings"),
+        ("x", ["", ""], "trained on numbers"),
+    ):
+        table = table.set_column(table.schema.names.index(name), name, pa.array(values))
         with pytest.raises(DistmtlError, match=words):
-            predictor(table.set_column(table.schema.names.index(name), name, pa.array(values)))
-    with pytest.raises(DistmtlError, match="column 'x' is missing"):
-        predictor(table.drop_columns(["x"]))
+            predictor(table)
+    with pytest.raises(DistmtlError, match="4 mistakes") as refused:  # all of them at once
+        predictor(table.drop_columns(["item"]))
+    assert "column 'item' is missing in the table" in str(refused.value)
+
+
+def test_ids_may_be_floats_that_are_whole(run, exported):
+    """pandas makes them of integers where one is null; NaN is null too."""
+    predictor, table = Predictor(exported), rows_of(run, 3)
+    given = lambda values: table.set_column(table.schema.names.index("user"), "user", values)  # noqa: E731
+    expected = predictor(given(pa.array([7, None, 9])))
+    for values in (pa.array([7.0, None, 9.0]), pa.array(np.array([7, np.nan, 9], np.float32))):
+        for task, predicted in predictor(given(values)).items():
+            np.testing.assert_array_equal(predicted, expected[task])
+    for value, words in ((2.5, "2.5 at row 1 is not whole"), (np.inf, "inf at row 1"), (2.0**53, "beyond the integers that a double")):
+        with pytest.raises(DistmtlError, match=f"column 'user': .*{words}"):
+            predictor(given(pa.array([7.0, value, 9.0])))
 
 
 def test_files_that_mix_types(tmp_path):

@@ -112,6 +112,11 @@ def init(data: str, asked: Asked, out: Path | None = None) -> Draft:
             rows = write_splits(folder, dataset, schema, split, whole)
             log.unlink(missing_ok=True)
             lines = [(s, s, f"{n:,} rows: {split.why(s)}") for s, n in rows.items()]
+            if split.column is None:
+                notices.append(
+                    "no column is a time, so the splits are random rows, which flatters the metrics: a model is used on later rows; "
+                    "name a time with --time"
+                )
         elif ready:
             rows = {s: open_dataset(path).rows for s, path in ready.items()}
             lines = [(s, path, f"{rows[s]:,} rows, where they were") for s, path in ready.items()]

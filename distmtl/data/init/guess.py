@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,12 @@ BUCKETS = 16
 SKEWED = 2.0  # skewness, above which the logarithm of numbers ≥ 0 is taken
 OFTEN_NULL = 0.05  # then a null says something, and gets a row of its own
 LONG_TEXT = 50  # characters on average
+LOOKED_AT = 1000  # texts, to see what they are shaped like,
+MOST = 0.9  # and how many of them must be
+DATE = r"^(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}|\d{1,2}/\d{1,2}/\d\d)([T ]\d{1,2}:\d\d|$)"
+ISO_DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d|$)"
+NUMBER = r"^[-+]?\s*[$€£¥₹]?\s*[-+]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?\s*[$€£¥₹%]?$"
+SEPARATORS = ("|", ";", ",")
 
 ID = re.compile(r"(^|_)(ids?|uuid|key|code|hash|sku|asin|zip)$|Id$|ID$")
 AMOUNT = re.compile(
@@ -43,7 +49,13 @@ class Guess:
 
 
 def guess(column: Column, name: str) -> Guess:
-    """The feature called `name` that a column could be."""
+    """The feature called `name` that a column could be; of text that holds something else, how to write it better."""
+    found = _guess(column, name)
+    better = _written_better(column) if column.holds == "string" and len(column.known) else None
+    return replace(found, why=f"{found.why}; {better}") if better else found
+
+
+def _guess(column: Column, name: str) -> Guess:
     why_not = left_out(column)
     if why_not:
         return Guess(column.name, None, why_not)
@@ -80,8 +92,9 @@ def left_out(column: Column) -> str | None:
         return _list_left_out(column)
     if column.distinct == 1:
         return f"constant: always {_short(column.known[0].as_py())}" + (" or null" if column.nulls else "")
-    if holds == "string" and _is_time(column):
-        return "a time as text; write it as a timestamp, and the splits can follow it"
+    if holds == "string" and _share(column, DATE) >= MOST:
+        how = "" if _share(column, ISO_DATE) >= MOST else ", year first (2024-12-31; pandas: to_datetime with dayfirst or format)"
+        return f"a time as text such as {_short(column.known[0].as_py())}; write it as a timestamp{how}, and the splits can follow it"
     if holds == "string" and pc.mean(pc.utf8_length(column.known)).as_py() > LONG_TEXT:
         return "long text; give the model an embedding of it, as a list of floats"
     if holds in ("integer", "string") and column.unique and not _is_amount(column):
@@ -118,11 +131,20 @@ def ids_of(column: Column) -> tuple[dict[str, Any], str]:
         return {"rows": rows, "dim": width(d), "out_of_range": "oov"}, f"{seen}, {low:,} to {high:,}; later ones share the row oov"
     many = d > FEW
     rows = roomy((2 if many else 10) * d)
-    what = "strings" if column.holds == "string" else "integers far apart" if low is not None and low >= 0 else "integers, some below 0"
-    why = f"{seen}, {what}, hashed" + (" twice" if many else "")
+    why = f"{seen}, {_span(column)}hashed to {'two' if many else 'one'} of {min(rows, MOST_ROWS):,} rows{' each' if many else ''}"
+    if low is not None and low > 0 and high - low < max(SPARSE * d, SMALL):
+        why += f"; subtract {low:,} from them, and each has a row of its own"
     if rows > MOST_ROWS:
         rows, why = MOST_ROWS, f"{why}; raise rows where there is memory"
     return {"rows": rows, "dim": width(d), "out_of_range": "hash", **({"hashes": 2} if many else {})}, why
+
+
+def _span(column: Column) -> str:
+    """What ids are, and why a row for every number up to the largest will not do."""
+    if column.holds == "string" or column.low is None:
+        return "strings, " if column.holds == "string" else ""
+    wasted = "no table has rows below 0" if column.low < 0 else f"of {column.high + 1:,} rows most would never be read"
+    return f"{column.low:,} to {column.high:,}: {wasted}, so they are "
 
 
 def width(ids: int) -> int:
@@ -201,9 +223,29 @@ def _is_amount(column: Column) -> bool:
     return column.holds == "integer" and column.distinct > LEVELS and bool(AMOUNT.search(column.name)) and not ID.search(column.name)
 
 
-def _is_time(column: Column) -> bool:
-    head = column.known[:1000]
-    return bool(pc.all(pc.match_substring_regex(head, r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d|$)")).as_py())
+def _share(column: Column, regex: str) -> float:
+    """Of its texts, those that are shaped so."""
+    return pc.mean(pc.match_substring_regex(column.known[:LOOKED_AT], regex)).as_py()
+
+
+def _written_better(column: Column) -> str | None:
+    """What texts that are numbers or lists should be written as."""
+    if _share(column, NUMBER) >= MOST and (signs := _share(column, r"[$€£¥₹%,]")):
+        example = next(v for v in column.known[:LOOKED_AT].to_pylist() if re.search(r"[$€£¥₹%,]", v))
+        plain = re.sub(r"[^\d.+-]", "", example)
+        return f"{_percent(signs)} look like numbers with signs or commas, such as {example!r:.40}: write plain numbers, {plain}"
+    texts = column.known[:LOOKED_AT].to_pylist()
+    for separator in SEPARATORS:
+        lists = [[part.strip() for part in text.split(separator)] for text in texts]
+        share, first = sum(len(parts) > 1 for parts in lists) / len(lists), {parts[0] for parts in lists}
+        later = [part in first for parts in lists for part in parts[1:]]
+        if share > 0.5 and (separator != "," or 2 * sum(later) > len(later)):  # of Paris, France no part is in the other's place
+            example = next(text for text in texts if separator in text)
+            return (
+                f"{_percent(share)} look like lists, such as {example!r:.40}: write lists to Parquet (pandas: .str.split({separator!r})), "
+                "and each part is an id"
+            )
+    return None
 
 
 def round_to(x: float, digits: int) -> float:

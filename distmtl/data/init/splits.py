@@ -43,9 +43,11 @@ class Split:
 
     def why(self, split: str) -> str:
         if self.column is None:
-            return {"train": "8 of 10 rows, by the hash of their numbers: no column is a time", "validation": "1 of 10", "test": "1 of 10"}[
-                split
-            ]
+            return {
+                "train": "8 of 10 rows at random (by the hash of their numbers): no column is a time",
+                "validation": "1 of 10",
+                "test": "1 of 10",
+            }[split]
         return {
             "train": f"{self.column} before {self.told[0]}",
             "validation": f"then before {self.told[1]}",
