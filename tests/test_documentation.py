@@ -36,7 +36,7 @@ and in Python
 distmtl is not run here
 ```
 """
-WORLD_S, PARTS = 25, 48  # to make the world; as .ci/run cuts them
+WORLD_S, PARTS = 25, 24  # to make the world; as .ci/run cuts them
 
 
 def test_blocks_are_what_they_look_like(tmp_path, monkeypatch):
@@ -75,7 +75,7 @@ def test_parts_are_short_and_miss_nothing():
     parts = [check.part_of(units, i, PARTS) for i in range(1, PARTS + 1)]
     assert [u for part in parts for u in part] == units
     longest = max(sum(u.seconds for u in part) for part in parts)
-    assert longest + WORLD_S <= 110, f"a part takes {longest} s; cut the documentation into more of them, in .ci/run and here"
+    assert longest + WORLD_S <= 150, f"a part takes {longest} s; cut the documentation into more of them, in .ci/run and here"
     assert f"% {PARTS} + 1))/{PARTS}" in (ROOT / ".ci" / "run").read_text()
 
 
