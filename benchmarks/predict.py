@@ -26,13 +26,13 @@ import torch
 from benchmarks.limit import keep_memory
 from benchmarks.record import Record
 from distmtl.distributed.process import quieten
-from distmtl.serving.batch import BLOCK_ROWS, REJECTED, Scorer, open_job
+from distmtl.serving.batch import BLOCK_ROWS, REJECTED, PartScorer, open_job
 
 
 def measure(export: str, data: str, rounds: int) -> dict[str, Any]:
     with TemporaryDirectory() as out:
         job = open_job(export, data, out)
-        score = Scorer(job)
+        score = PartScorer(job)
         columns = score.predictor.schema.names
 
         def decode() -> list[pa.Table]:

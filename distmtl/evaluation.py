@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distmtl import checkpoint
 from distmtl.batch import Batch
 from distmtl.calibration import NO_SLICE, Calibration, Observed, fit, slices_of
+from distmtl.checkpoint import Checkpoint
 from distmtl.config import BinaryTask, CalibrationConfig, Config, FakeNegativeWeighted
 from distmtl.data.check import check_dataset
 from distmtl.data.collate import Collator
@@ -56,12 +57,21 @@ def evaluate(
     with process_group(config) as process:
         dataset = on_first_rank(process, lambda: _checked(where, config, None if data else name))
         sliced = make_slices(slices, dataset, config, process)
-        model = MultiTaskModel(config, process.device)
-        sharded, _ = shard(nn.ModuleDict({"model": model}), config, process)
-        checkpoint.load_weights(found, sharded)
-        calibrations = on_first_rank(process, lambda: saved_calibrations(found))
-        fitted = {task: Calibration.from_dict(c).to(process.device) for task, c in calibrations.items()}
+        model, fitted = load_model(found, config, process)
         return {name: evaluate_split(model, dataset, config, process, fitted, sliced)[1]}
+
+
+def load_model(found: Checkpoint, config: Config, process: Process) -> tuple[MultiTaskModel, dict[str, Calibration]]:
+    """A checkpoint's model, its tables sharded over the ranks, which all call it; and its tasks' calibrations.
+
+    Raises:
+        DistmtlError: it cannot be read, on all ranks.
+    """
+    model = MultiTaskModel(config, process.device)
+    sharded, _ = shard(nn.ModuleDict({"model": model}), config, process)
+    checkpoint.load_weights(found, sharded)
+    calibrations = on_first_rank(process, lambda: saved_calibrations(found))
+    return model, {task: Calibration.from_dict(c).to(process.device) for task, c in calibrations.items()}
 
 
 def _checked(path: str, config: Config, split: str | None) -> Dataset:

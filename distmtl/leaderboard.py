@@ -2,7 +2,7 @@
 
     board = load_leaderboard("configs/leaderboards/synthetic.yaml")
     cells = make_cells(board)                     # cells whose config is wrong carry the reason
-    table = Table(board, cells, results, Conditions(…))   # results: (cell, seed) → result.json's object
+    table = Table(board, cells, results, conditions)      # results: (cell, seed) → result.json's object
     print(table.text())
 
 A cell's figures are means over its seeds; ± is half of the 95 % interval of the mean by Student's t. A task's gain is over the

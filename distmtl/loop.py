@@ -388,7 +388,7 @@ class Training:
         )
         for alarm in alarms:
             self.progress.say("note", step=state.step, text=alarm.text, alarm=alarm.subject)
-        meter.start_interval()
+        meter.end_interval()
 
     def _evaluate(self) -> DistmtlError | None:
         """Measure the validation split; remember the best and count how long it has stood. Returns why it could not, on all

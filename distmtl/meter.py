@@ -20,12 +20,16 @@ class Meter:
         self.all, self.steady, self.intervals = [0, 0.0], [0, 0.0], 0  # rows, seconds
         self.replaced_ids = self.contradictions = 0
         self.last = time.monotonic()
-        self.start_interval()
+        self.rows, self.seconds, self.waited = 0, 0.0, 0.0
 
-    def start_interval(self) -> None:
+    def end_interval(self) -> None:
+        """A log line was written: what follows belongs to the next one."""
+        self.intervals += 1
+        for total in (self.all, self.steady)[: self.intervals]:  # the first interval holds what only happens once
+            total[0] += self.rows
+            total[1] += self.seconds
         self.sums.zero_()
         self.rows, self.seconds, self.waited = 0, 0.0, 0.0
-        self.intervals += 1
 
     def add(self, numbers: StepNumbers) -> None:
         sums = torch.stack([numbers.losses * numbers.weights, numbers.weights])
@@ -60,9 +64,6 @@ class Meter:
         return (self.sums[0] / self.sums[1].clamp(min=1e-30)).tolist()
 
     def samples_per_second(self) -> float:
-        for total in (self.all, self.steady)[: self.intervals]:  # the first interval holds what only happens once
-            total[0] += self.rows
-            total[1] += self.seconds
         return round(self.rows / max(self.seconds, 1e-9), 1)
 
     def data_wait(self) -> float:

@@ -60,7 +60,7 @@ class Predictions:
         z = [outputs[:, place] for place in self.places]
         out = [prediction(task, z[t], None if extras is None else extras[:, t]) for t, task in enumerate(self.config.tasks)]
         for name, calibration in self.calibrations.items():
-            t = self.config.task(name)
+            t = self.config.place_of(name)
             out[t] = calibration(out[t], slices_of(ids, calibration.slices) if calibration.slices else None)
         return out
 

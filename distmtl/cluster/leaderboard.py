@@ -85,8 +85,7 @@ def _look(board: LeaderboardConfig, cells: list[Cell]) -> tuple[dict[tuple[Key, 
     """Results that are there, and runs to train, all cells of a seed before the next seed. Cells that cannot be trained get their
     failure."""
     from distmtl.data.splits import open_splits
-    from distmtl.model.head import Head
-    from distmtl.model.layout import Layout
+    from distmtl.model.head import try_plugin
 
     results: dict[tuple[Key, int], dict[str, Any]] = {}
     seen: dict[tuple[str, str], Any] = {}  # by data and head: the weighting reads no data
@@ -97,8 +96,7 @@ def _look(board: LeaderboardConfig, cells: list[Cell]) -> tuple[dict[tuple[Key, 
                 if where not in seen:
                     try:
                         seen[where] = open_splits(config)
-                        if config.model.kind == "plugin":  # the user's own code: better it fails here
-                            Head(config, Layout.of(config))
+                        try_plugin(config)
                     except DistmtlError as e:
                         seen[where] = e
                 if isinstance(seen[where], DistmtlError):

@@ -16,7 +16,7 @@ from distmtl.cluster.supervision import last_line
 from distmtl.cluster.trainer import session
 from distmtl.config import ClusterConfig, Workers
 from distmtl.errors import DistmtlError
-from distmtl.serving.batch import Job, Outcome, Part, Say, Scorer
+from distmtl.serving.batch import Job, Outcome, Part, PartScorer, Say
 
 ATTEMPTS = 3  # of a part whose worker dies
 
@@ -97,7 +97,7 @@ class Worker:
         quieten()
         torch.set_num_threads(1)
         try:
-            self.scorer = Scorer(self.job)
+            self.scorer = PartScorer(self.job)
         except DistmtlError as e:
             return {"error": str(e)}
         return {"place": f"{platform.node()} {os.getpid()}"}

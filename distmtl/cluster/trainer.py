@@ -64,15 +64,13 @@ def train_on_ray(
         DistmtlError: what a retry cannot mend, or more failures in a row than cluster.max_failures.
     """
     from distmtl.data.splits import open_splits
-    from distmtl.model.head import Head
-    from distmtl.model.layout import Layout
+    from distmtl.model.head import try_plugin
 
     refuse_fleeting(config.run_dir, "run.dir")
     require_trackers(config)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": absolute(config.run_dir)})})
     open_run(config, resume, open_splits(config)["train"], policy, continue_from)
-    if config.model.kind == "plugin":  # the user's own code: better it fails here
-        Head(config, Layout.of(config))
+    try_plugin(config)
     report({"kind": "note", "text": f"data and config are sound; starting {config.cluster.workers} Ray Train worker(s) …"})
     set_hang_timeout(config.cluster)
     folder = place(config.run_dir)

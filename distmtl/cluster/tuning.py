@@ -95,8 +95,7 @@ def _look(base: Base, trials: Sequence[Trial], found: dict[str, Any]) -> None:
         DistmtlError: data or a run that do not fit.
     """
     from distmtl.data.splits import open_splits
-    from distmtl.model.head import Head
-    from distmtl.model.layout import Layout
+    from distmtl.model.head import try_plugin
 
     splits = open_splits(base.whole)
     digests = {split: data.digest for split, data in splits.items() if split != "test"}
@@ -106,8 +105,7 @@ def _look(base: Base, trials: Sequence[Trial], found: dict[str, Any]) -> None:
         if config.features not in seen:
             open_splits(config)
             seen.append(config.features)
-        if config.model.kind == "plugin":  # the user's own code: better it fails here
-            Head(config, Layout.of(config))
+        try_plugin(config)
         trial.look(finished(config, digests))
         continuation(config, "auto", splits["train"])
         if trial.state == "waiting" and states.get(trial.number) == "stopped":  # those that failed are tried again

@@ -77,8 +77,8 @@ class CGCConfig(Sharing):
     """PLE with a single level."""
 
     kind: Literal["cgc"]
-    shared_experts: NonNegativeInt = Field(2, description="Experts of all tasks together, in every level.")
-    task_experts: NonNegativeInt = Field(2, description="Experts of every task alone, in every level.")
+    shared_experts: NonNegativeInt = Field(2, description="Experts of all tasks together.")
+    task_experts: NonNegativeInt = Field(2, description="Experts of every task alone.")
     expert: Widths = Field((256, 128), min_length=1, description=EXPERT)
     dropout: Unit = Field(0.0, description=DROPOUT)
 

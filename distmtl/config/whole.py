@@ -116,7 +116,7 @@ class Config(Strict):
     def run_dir(self) -> str:
         return self.run.dir or f"runs/{self.name}"
 
-    def task(self, name: str) -> int:
+    def place_of(self, name: str) -> int:
         """Place of a task among the tasks."""
         return next(t for t, task in enumerate(self.tasks) if task.name == name)
 
@@ -308,7 +308,7 @@ def _waits(task: TaskConfig) -> bool:
 
 def _before(config: Config, task: TaskConfig) -> dict[str, None]:
     """Names of a task and all that must have happened before it."""
-    parents = [config.tasks[config.task(p)] for p in config.conditions(task)]
+    parents = [config.tasks[config.place_of(p)] for p in config.conditions(task)]
     return {task.name: None} | {name: None for p in parents for name in _before(config, p)}
 
 

@@ -1,1 +1,1 @@
-"""Parquet → Batch: dataset (which files), order (which rows when), collate (Arrow columns → tensors), reader (all three)."""
+"""Parquet → Batch: dataset (which files), order (which rows when), collate (Arrow columns → Rows), reader (all three)."""

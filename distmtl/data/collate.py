@@ -42,7 +42,7 @@ class Collator:
         config: features, tasks, weight and group columns.
         oracle: columns of true probabilities that may be read; tasks whose column is not among them have none.
         locate: row number → where that row is, for error messages.
-        training: ids are dropped (IdFeature.id_dropout).
+        training: ids are dropped (Ids.id_dropout).
         labelled: False where rows are to be scored: their labels are not read, and all count for every task.
     """
 
@@ -165,7 +165,7 @@ class Collator:
         never: dict[int, np.ndarray] = {}
         for t in config.by_descent:
             task = config.tasks[t]
-            parents = [config.task(p) for p in config.conditions(task)]
+            parents = [config.place_of(p) for p in config.conditions(task)]
             if not parents:
                 continue
             impossible = np.zeros(len(labels), dtype=bool)

@@ -1,4 +1,4 @@
-"""What `synth` and `prepare` leave behind: a folder of Parquet splits and ready configs, whole or not at all."""
+"""What `synth`, `prepare` and `init` leave behind: a folder of Parquet splits and ready configs, whole or not at all."""
 
 from __future__ import annotations
 

@@ -49,9 +49,8 @@ def run_ranks(
 
 
 def _rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, local: int, folder: Path) -> None:
-    gc.freeze()  # what the parent left behind is not to be destroyed here, where the threads of its process groups do not exist
+    gc.freeze()  # what the parent left behind is not to be destroyed here, where the threads that its process groups wait for do not exist
     result: tuple[Any, Any] = (RuntimeError("no result"), "")
-    gc.freeze()  # a process group of the parent's that is garbage would wait here for threads that the fork left behind
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank % local), LOCAL_WORLD_SIZE=str(local))
         torch.set_num_threads(1)

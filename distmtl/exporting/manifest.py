@@ -29,7 +29,6 @@ from distmtl.storage import write_whole
 FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL = "model.pt2"
-READ_BYTES = 1 << 22
 SERVED = ("features", "tables", "interaction", "model", "tasks")  # sections of the config that serving goes by
 RowFormat = Literal["fp32", "fp16", "int8"]
 

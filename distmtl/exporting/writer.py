@@ -1,4 +1,4 @@
-"""export(): a checkpoint → a folder that serving needs nothing else for; publish_delta(): what has changed since another one.
+"""export(): a checkpoint → a folder that serving needs nothing else for; export_delta(): what has changed since another one.
 
 No process group, no table in memory: rows go from the checkpoint's files to the export's in blocks.
 """

@@ -21,7 +21,7 @@ def lineage(config: Config, t: int) -> list[int]:
     found, task = {t}, config.tasks[t]
     if config.space(task) != "joint":
         for parent in config.conditions(task):
-            found.update(lineage(config, config.task(parent)))
+            found.update(lineage(config, config.place_of(parent)))
     return sorted(found)
 
 
@@ -43,7 +43,7 @@ def joint_labels(config: Config, labels: Tensor, weights: Tensor) -> tuple[Tenso
     parent is known not to have happened."""
     y, w = list(labels.unbind(1)), list(weights.unbind(1))
     for t in config.by_descent:
-        parents = [config.task(name) for name in config.conditions(config.tasks[t])]
+        parents = [config.place_of(name) for name in config.conditions(config.tasks[t])]
         if not parents:
             continue
         of_parents = torch.stack([w[p] for p in parents])

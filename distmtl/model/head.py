@@ -95,7 +95,7 @@ def imputed(config: Config) -> list[int]:
 
 def descent(config: Config) -> dict[int, list[int]]:
     """Places of every task's parents, parents before their children."""
-    return {t: [config.task(p) for p in config.tasks[t].parents] for t in config.by_descent}
+    return {t: [config.place_of(p) for p in config.tasks[t].parents] for t in config.by_descent}
 
 
 def sharing_network(config: Config, layout: Layout) -> Any:
@@ -121,7 +121,7 @@ def sharing_network(config: Config, layout: Layout) -> Any:
         case STEMConfig():
             return STEM(width, tasks, model.shared_experts, model.task_experts, model.expert, model.dropout)
         case HoMEConfig():
-            groups = [[config.task(name) for name in group] for group in model.groups] or [list(range(tasks))]
+            groups = [[config.place_of(name) for name in group] for group in model.groups] or [list(range(tasks))]
             return HoME(width, groups, model.experts, model.expert, model.feature_rank, model.momentum)
         case STARConfig():
             return STAR(layout, model.domain, tasks, model.bottom, model.auxiliary, model.momentum)
@@ -156,3 +156,13 @@ class Plugin(nn.Module):
 
     def forward(self, features: Features) -> list[Tensor]:
         return self.network(features.x)
+
+
+def try_plugin(config: Config) -> None:
+    """Build the user's own network, if there is one: better it fails here than on the workers.
+
+    Raises:
+        DistmtlError: as Plugin does.
+    """
+    if config.model.kind == "plugin":
+        Head(config, Layout.of(config))

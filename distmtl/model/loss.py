@@ -103,7 +103,7 @@ class Terms:
         for t, task in enumerate(self.config.tasks):
             if self.spaces[t] != "joint":
                 continue
-            parents = [self.config.task(p) for p in task.parents]
+            parents = [self.config.place_of(p) for p in task.parents]
             excess = sum(F.relu(logits[t].sigmoid() - joint_logit([logits[i] for i in self.lineages[p]]).sigmoid()) for p in parents)
             known = torch.stack([weights[:, i] for i in (t, *parents)]).amin(0)
             out.append((torch.as_tensor(excess), known))

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = "os^Dv*"
-STYLES = len(COLOURS) * len(DASHES)
 INK, FAINT = "#010203", "#808080"  # the first becomes the colour of the page's text
 STYLE: Any = {  # matplotlib's type of it names every key there is
     "svg.fonttype": "none", "svg.hashsalt": "distmtl", "font.size": 9, "axes.titlesize": 10, "font.family": "sans-serif",
@@ -106,7 +105,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
 
 
 def _look(style: int) -> dict[str, Any]:
-    """Colour and dashes: no two alike among the first STYLES."""
+    """Colour and dashes: no two alike among the first len(COLOURS) · len(DASHES)."""
     again = style // len(COLOURS)
     return {"color": COLOURS[style % len(COLOURS)], "linestyle": DASHES[(style + again) % len(DASHES)]}
 
@@ -129,16 +128,15 @@ class Map:
     y: str = ""
 
 
-def heat_maps(maps: Sequence[Map], title: str, unit: str, span: tuple[float, float], form: str = "", abreast: int = COLUMNS) -> str:
+def heat_maps(maps: Sequence[Map], title: str, unit: str, span: tuple[float, float], form: str = "") -> str:
     """Maps with one scale: from dark blue to yellow, or where its span is around 0, from orange to purple.
 
     Args:
         form: of the numbers that are written into the cells; "" writes none.
-        abreast: how many maps side by side.
     """
     style: Any = {**STYLE, "axes.grid": False}
     with matplotlib.rc_context(style):
-        columns = min(abreast, len(maps))
+        columns = min(COLUMNS, len(maps))
         rows = -(-len(maps) // columns)
         tall = max(len(m.rows) for m in maps)
         height = 0.24 * tall + (1.1 if maps[0].x or len(maps[0].columns) < 20 else 0.8)

@@ -13,7 +13,6 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from distmtl import checkpoint
 from distmtl.batch import Batch
 from distmtl.calibration import Calibration
 from distmtl.checkpoint import Checkpoint
@@ -23,14 +22,13 @@ from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.data.reader import GroupRows
 from distmtl.data.rows import batch_of
 from distmtl.distributed.process import Process, process_group
-from distmtl.distributed.sharding import shard
 from distmtl.errors import DistmtlError
+from distmtl.evaluation import load_model
 from distmtl.metrics import Accumulator, Metrics, higher_is_better
-from distmtl.model.multitask import MultiTaskModel
 from distmtl.reporting.curves import Curves, curves_of
 from distmtl.reporting.gates import gated, without_expert
 from distmtl.reporting.gathering import Run
-from distmtl.run_directory import PARTITIONS, checkpoint_config, config_of, find_checkpoint, saved_calibrations
+from distmtl.run_directory import PARTITIONS, checkpoint_config, config_of, find_checkpoint
 from distmtl.scores import Scored, Scores
 from distmtl.slices import MAX_VALUES, Slices, make_slices
 from distmtl.storage import place
@@ -100,15 +98,13 @@ def examine(what: Subject, rows: int = ROWS, slices: Sequence[str] = (), say: Ca
     config, dataset = what.config, what.dataset
     with process_group(config) as process:
         sliced = make_slices(with_domain(slices, config), dataset, config, process)
-        model = MultiTaskModel(config, process.device)
-        sharded, _ = shard(nn.ModuleDict({"model": model}), config, process)
-        checkpoint.load_weights(what.found, sharded)
+        model, fitted = load_model(what.found, config, process)
         model.eval()
-        scorer = Scorer(model, config, dataset, process, what.found)
-        table = spread_rows(dataset, scorer.collate.columns, rows)
+        examiner = Examiner(model, config, dataset, process, fitted)
+        table = spread_rows(dataset, examiner.collate.columns, rows)
         say(f"examining {what.found.path} on {table.num_rows:,} of the {dataset.rows:,} rows of {dataset.path} …")
-        seen = scorer.see(table)
-        metrics = scorer.metrics(seen)
+        seen = examiner.see(table)
+        metrics = examiner.metrics(seen)
         headline = {t.name: t.metrics[0] for t in config.tasks}
         worse = partial(drops, headline, metrics)
         return Examination(
@@ -119,10 +115,10 @@ def examine(what: Subject, rows: int = ROWS, slices: Sequence[str] = (), say: Ca
             of=dataset.rows,
             metrics=metrics,
             headline=headline,
-            curves=scorer.curves(seen),
-            importance=importance(scorer, table, worse),
-            ablation=ablation(scorer, table, worse),
-            slices=scorer.slices(seen, sliced),
+            curves=examiner.curves(seen),
+            importance=importance(examiner, table, worse),
+            ablation=ablation(examiner, table, worse),
+            slices=examiner.slices(seen, sliced),
         )
 
 
@@ -154,13 +150,12 @@ class Seen:
     scored: list[Scored]
 
 
-class Scorer:
+class Examiner:
     """Scores tables by a model as `distmtl evaluate` does."""
 
-    def __init__(self, model: nn.Module, config: Config, dataset: Dataset, process: Process, found: Checkpoint):
+    def __init__(self, model: nn.Module, config: Config, dataset: Dataset, process: Process, fitted: dict[str, Calibration]):
         self.model, self.config, self.process = model, config, process
         self.collate = Collator(config, oracle=dataset.columns, locate=dataset.locate)
-        fitted = {task: Calibration.from_dict(c).to(process.device) for task, c in saved_calibrations(found).items()}
         self.scores = Scores(config, self.collate.oracles, fitted)
 
     def see(self, table: pa.Table) -> Seen:
@@ -196,7 +191,8 @@ class Scorer:
     def curves(self, seen: Seen) -> dict[str, Curves]:
         out = {}
         for c, column in enumerate(self.scores.columns):
-            if column.family == "binary" and not column.prefix and isinstance(self.config.tasks[self.config.task(column.task)], BinaryTask):
+            task = self.config.tasks[self.config.place_of(column.task)]
+            if column.family == "binary" and not column.prefix and isinstance(task, BinaryTask):
                 values = [torch.cat([getattr(s, name)[:, c] for s in seen.scored]).double() for name in ("scores", "labels", "weights")]
                 scores, labels, weights = (v.cpu().numpy() for v in values)
                 if curves := curves_of(scores[weights > 0], labels[weights > 0], weights[weights > 0]):
@@ -214,10 +210,10 @@ def drops(headline: dict[str, str], before: Metrics, after: Metrics) -> Drop:
     return out
 
 
-def importance(scorer: Scorer, table: pa.Table, worse: Callable[[Metrics], Drop]) -> dict[str, list[Drop]]:
+def importance(examiner: Examiner, table: pa.Table, worse: Callable[[Metrics], Drop]) -> dict[str, list[Drop]]:
     """Of every column that features read: the drop where its values are those of other rows (Breiman 2001, section 10)."""
     readers: dict[str, list[str]] = {}
-    for feature in scorer.config.features:
+    for feature in examiner.config.features:
         readers.setdefault(feature.source, []).append(feature.name)
     out: dict[str, list[Drop]] = {}
     for column, names in readers.items():
@@ -225,17 +221,17 @@ def importance(scorer: Scorer, table: pa.Table, worse: Callable[[Metrics], Drop]
         for _ in range(REPEATS):
             elsewhere = table[column].take(draws.permutation(table.num_rows))
             permuted = table.set_column(table.column_names.index(column), column, elsewhere)
-            out.setdefault(", ".join(names), []).append(worse(scorer.metrics(scorer.see(permuted))))
+            out.setdefault(", ".join(names), []).append(worse(examiner.metrics(examiner.see(permuted))))
     return out
 
 
-def ablation(scorer: Scorer, table: pa.Table, worse: Callable[[Metrics], Drop]) -> dict[int, Drop]:
+def ablation(examiner: Examiner, table: pa.Table, worse: Callable[[Metrics], Drop]) -> dict[int, Drop]:
     """Of every expert: the drop without it; None for a task that does not mix it, or no other."""
-    head: Any = scorer.model.head
+    head: Any = examiner.model.head
     tasks = gated(head)
     out: dict[int, Drop] = {}
     for expert in sorted({e for of in tasks for e in of.experts}):
         with without_expert(tasks, expert) as lose:
-            found = worse(scorer.metrics(scorer.see(table)))
+            found = worse(examiner.metrics(examiner.see(table)))
         out[expert] = {task: drop if loses else None for (task, drop), loses in zip(found.items(), lose, strict=True)}
     return out

@@ -97,7 +97,7 @@ def unit_of_loss(runs: Sequence[Run], task: str) -> str:
 
 def trains_by_logloss(run: Run, name: str) -> bool:
     """Whether a task's training loss and its validation logloss are one thing."""
-    task = run.config.tasks[run.config.task(name)]
+    task = run.config.tasks[run.config.place_of(name)]
     if not isinstance(task, BinaryTask):
         return isinstance(task, MulticlassTask)
     plain = task.pos_weight == 1 and task.focal == 0 and task.kept_negatives == 1 and task.delay is None

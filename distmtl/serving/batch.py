@@ -233,14 +233,14 @@ def in_this_process(job: Job, parts: Sequence[Part]) -> Generator[tuple[Part, Ou
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        score = Scorer(job)
+        score = PartScorer(job)
         for part in parts:
             yield part, score(part)
     finally:
         torch.set_num_threads(threads)
 
 
-class Scorer:
+class PartScorer:
     """A job's export in memory.
 
     Raises:

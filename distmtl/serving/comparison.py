@@ -15,20 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import nn
 
-from distmtl import checkpoint
-from distmtl.calibration import Calibration
 from distmtl.config import BinaryTask, MulticlassTask
 from distmtl.data.collate import ROW, Collator, alike
 from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.data.rows import batch_of
 from distmtl.distributed.process import process_group
-from distmtl.distributed.sharding import shard
 from distmtl.errors import DistmtlError
+from distmtl.evaluation import load_model
 from distmtl.exporting.writer import export as write
-from distmtl.model.multitask import MultiTaskModel
-from distmtl.run_directory import checkpoint_config, find_checkpoint, saved_calibrations
+from distmtl.run_directory import checkpoint_config, find_checkpoint
 from distmtl.scores import Predictions, served
 from distmtl.serving.batch import in_this_process, open_job, predict
 from distmtl.serving.following import Model
@@ -102,10 +98,7 @@ def checkpoint_predictions(path: str, table: pa.Table) -> dict[str, np.ndarray]:
     collate = Collator(config, labelled=False)
     rows = collate(table.append_column(ROW, pa.array(np.arange(table.num_rows))))
     with process_group(config) as process:
-        model = MultiTaskModel(config, process.device)
-        sharded, _ = shard(nn.ModuleDict({"model": model}), config, process)
-        checkpoint.load_weights(found, sharded)
-        fitted = {t: Calibration.from_dict(c).to(process.device) for t, c in saved_calibrations(found).items()}
+        model, fitted = load_model(found, config, process)
         predictions, size = Predictions(config, fitted), config.evaluation.batch_size
         model.eval()
         parts: list[list[np.ndarray]] = []

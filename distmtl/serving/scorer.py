@@ -20,7 +20,7 @@ from distmtl.serving.predictor import Predictor, Scored
 
 
 @dataclass
-class Job:
+class Waiting:
     """Rows for a predictor."""
 
     predictor: Predictor
@@ -45,7 +45,7 @@ class Scorer:
 
     def __init__(self, max_rows: int = 2048, wait_s: float = 0.0):
         self.max_rows, self.wait_s = max_rows, wait_s
-        self.queue: queue.SimpleQueue[Job | Action] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[Waiting | Action] = queue.SimpleQueue()
         self.waiting = 0  # requests that have no answer yet
         self.end = Action(lambda: None)
         self.thread = threading.Thread(target=self._work, name="scorer", daemon=True)
@@ -57,7 +57,7 @@ class Scorer:
         Raises:
             DistmtlError: a value that the model does not take.
         """
-        job = Job(predictor, table)
+        job = Waiting(predictor, table)
         self.waiting += 1
         try:
             self.queue.put(job)
@@ -81,7 +81,7 @@ class Scorer:
         then: Action | None = None
         while then is not self.end:
             jobs, then = self._next()
-            of: dict[int, list[Job]] = {}
+            of: dict[int, list[Waiting]] = {}
             for job in jobs:
                 if job.done.set_running_or_notify_cancel():  # else nobody waits for it any more
                     of.setdefault(id(job.predictor), []).append(job)
@@ -90,9 +90,9 @@ class Scorer:
             if then is not None:
                 _answer(then.done, then.run)
 
-    def _next(self) -> tuple[list[Job], Action | None]:
+    def _next(self) -> tuple[list[Waiting], Action | None]:
         """Jobs to be done together, at least one or an action, and the action that came after them."""
-        jobs: list[Job] = []
+        jobs: list[Waiting] = []
         rows, until = 0, 0.0
         while rows < self.max_rows:
             try:
@@ -108,7 +108,7 @@ class Scorer:
         return jobs, None
 
 
-def _score(jobs: list[Job]) -> None:
+def _score(jobs: list[Waiting]) -> None:
     """Of one predictor, together; where that is refused, one by one: only the guilty are told."""
     predictor = jobs[0].predictor
     if len(jobs) > 1:

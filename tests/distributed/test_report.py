@@ -28,7 +28,7 @@ from distmtl.model.layout import Features, Layout
 from distmtl.model.multitask import initialise_dense
 from distmtl.reporting import examination
 from distmtl.reporting.curves import curves_of
-from distmtl.reporting.examination import Scorer, examine, spread_rows, subject
+from distmtl.reporting.examination import Examiner, examine, spread_rows, subject
 from distmtl.reporting.gates import gated, without_expert
 from distmtl.reporting.gathering import names_of, read_run
 from distmtl.reporting.report import report
@@ -172,21 +172,16 @@ def test_ablation_is_a_mixture_of_the_other_experts(found, run):
 
 
 def ablated_by_hand(path: str) -> dict[int, float]:
-    from torch import nn
-
-    from distmtl import checkpoint
     from distmtl.distributed.process import process_group
-    from distmtl.distributed.sharding import shard
-    from distmtl.model.multitask import MultiTaskModel
+    from distmtl.evaluation import load_model
 
     what = subject(read_run(path, "run"))
     with process_group(what.config) as process:
-        model = MultiTaskModel(what.config, process.device)
-        checkpoint.load_weights(what.found, shard(nn.ModuleDict({"model": model}), what.config, process)[0])
+        model, fitted = load_model(what.found, what.config, process)
         model.eval()
         seen = []
         model.head.register_forward_pre_hook(lambda module, args: seen.append(args[0].x.detach()))
-        scorer = Scorer(model, what.config, what.dataset, process, what.found)
+        scorer = Examiner(model, what.config, what.dataset, process, fitted)
         (batch,) = scorer.see(spread_rows(what.dataset, scorer.collate.columns, 10_000)).batches
         head, x = model.head, seen[0]
         experts, gate, tower = head.sharing.experts, head.sharing.gates[0], head.towers[0]

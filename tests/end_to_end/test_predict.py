@@ -33,7 +33,7 @@ from distmtl.errors import DistmtlError
 from distmtl.model.multitask import MultiTaskModel
 from distmtl.run_directory import find_checkpoint
 from distmtl.serving import batch
-from distmtl.serving.batch import Scorer, bad_rows, in_this_process, open_job, parts_of, predict
+from distmtl.serving.batch import PartScorer, bad_rows, in_this_process, open_job, parts_of, predict
 from distmtl.storage import place
 
 ROWS, FILES = 3001, 3
@@ -181,7 +181,7 @@ def test_a_row_without_a_finite_prediction_goes_aside_too(made, tmp_path, small)
     job = open_job(str(made / "export"), str(made / "data"), str(tmp_path / "out"))
 
     def score(job, parts):
-        scorer = Scorer(job)
+        scorer = PartScorer(job)
         of = scorer.predictor
         scorer.predictor = lambda table: {t: np.where(np.arange(len(p)) == 5, np.nan, p.T).T for t, p in of(table).items()}
         yield parts[1], scorer(parts[1])
@@ -233,7 +233,7 @@ def until_killed(predictor, table):
         os.kill(os.getpid(), signal.SIGKILL)
     return predictor(table)
 def score(job, parts):
-    scorer = batch.Scorer(job)
+    scorer = batch.PartScorer(job)
     of = scorer.predictor
     scorer.predictor = lambda table: until_killed(of, table)
     for part in parts:
