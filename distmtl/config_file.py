@@ -29,17 +29,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         DistmtlError: file missing or not YAML, or the list of every mistake in it.
     """
-    raw = read_mapping(path)
-    for item in overrides:
-        override(raw, item)
-    return parse_file(raw, Path(path))
+    return parse_file(read_mapping(path, overrides), Path(path))
 
 
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+def read_mapping(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping that a YAML file holds, with `section.key=value` overrides.
 
     Raises:
-        DistmtlError: file missing, not YAML, or not a mapping.
+        DistmtlError: file missing, not YAML, or not a mapping; an override of what is not there.
     """
     path = Path(path)
     try:
@@ -51,6 +48,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         found = "is empty; it" if raw is None else f"holds a {type(raw).__name__}, but"
         raise DistmtlError(f"config {path} {found} must hold a mapping (name: …, data: …)")
+    for item in overrides:
+        override(raw, item)
     return raw
 
 
@@ -81,10 +80,7 @@ def read_as(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S
     Raises:
         DistmtlError: file missing or not YAML, or the list of every mistake in it.
     """
-    raw = read_mapping(path)
-    for item in overrides:
-        override(raw, item)
-    return parse_as(kind, {"name": name_of(Path(path)), **raw}, str(path))
+    return parse_as(kind, {"name": name_of(Path(path)), **read_mapping(path, overrides)}, str(path))
 
 
 def parse_as(kind: type[S], raw: dict[str, Any], where: str) -> S:

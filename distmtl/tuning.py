@@ -24,7 +24,7 @@ from scipy.stats import qmc
 
 from distmtl.config import Config
 from distmtl.config.tuning import TuningConfig, domain, domains
-from distmtl.config_file import dump_mapping, find, in_a_line, merge, override, parse_file, read_as, read_mapping, resolve
+from distmtl.config_file import dump_mapping, find, in_a_line, merge, parse_file, read_as, read_mapping, resolve
 from distmtl.errors import DistmtlError
 from distmtl.metrics import COLUMNS, better, higher_is_better
 from distmtl.model.loss import Terms
@@ -56,9 +56,7 @@ def make_base(tuning: TuningConfig) -> Base:
     Raises:
         DistmtlError: it cannot be read, or has no validation split.
     """
-    raw = read_mapping(tuning.config)
-    for item in (*tuning.overrides, *([f"train.monitor={tuning.metric}"] if tuning.metric else [])):
-        override(raw, item)
+    raw = read_mapping(tuning.config, [*tuning.overrides, *([f"train.monitor={tuning.metric}"] if tuning.metric else [])])
     whole = parse_file(raw, Path(tuning.config))
     if not whole.data.validation:
         raise DistmtlError(f"config {tuning.config}: data.validation is missing: trials are compared by it")

@@ -7,7 +7,6 @@ and types alone: a bad value costs one row, not all. There, ids may be floats th
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distmtl.config import BinaryTask, Config, IdFeature, Ids, SequenceFeature, VectorFeature
+from distmtl.config import BinaryTask, Config, IdFeature, Ids, SequenceFeature, VectorFeature, did_you_mean
 from distmtl.data.collate import ROW, Collator, alike_type, is_list, is_string, label_rule
 from distmtl.data.dataset import Dataset
 from distmtl.data.schema import OF, Kind, kind_of
@@ -123,11 +122,8 @@ def _schema_mistakes(
     config, out = collator.config, dict[str, str]()
     for name in dict.fromkeys([*collator.columns, *kept]):
         if name not in schema.names:
-            close = difflib.get_close_matches(name, schema.names, n=1)
-            hint = (
-                f"did you mean {close[0]!r}?" if close else f"it has {', '.join(schema.names[:12])}{' …' if len(schema.names) > 12 else ''}"
-            )
-            out[name] = f"column {name!r} is missing in {path}; {hint}"
+            names = f"; it has {', '.join(schema.names[:12])}{' …' if len(schema.names) > 12 else ''}"
+            out[name] = f"column {name!r} is missing in {path}{did_you_mean(name, schema.names) or names}"
         elif schema.names.count(name) > 1:
             out[name] = f"column {name!r} is {schema.names.count(name)} times in {path}; which one is meant cannot be told"
     wanted = [(f.source, f"feature {f.name!r}", *_wanted(f)) for f in config.features]
