@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from distmtl import checkpoint
+from distmtl.changes import changes, same_model
 from distmtl.config import Config
 from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset
@@ -35,7 +36,7 @@ from distmtl.model.multitask import TrainModel, initialise_dense
 from distmtl.optim import Optimizers
 from distmtl.pipeline import Queued, make_pipeline
 from distmtl.progress import Progress, Report, print_record
-from distmtl.run_directory import ResumePolicy, changes, is_own, open_run, same_model, write_json
+from distmtl.run_directory import ResumePolicy, is_own, open_run, write_json
 from distmtl.saving import Saver
 from distmtl.stopping import GivenUp, Request, asked, forget, steps_between_looks
 from distmtl.storage import absolute, place, write_whole
