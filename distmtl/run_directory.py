@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from distmtl.storage import place, write_whole
 
 CALIBRATION = "calibration.json"  # beside the checkpoints
 PARTITIONS = "partitions"  # of a followed run: in it, the run of every partition
+IN_CHAIN = re.compile(r"\d{6,}-(.+)")  # the name of one of these
 
 # What may change between the start of a run and its continuation: how it is run, not what it computes.
 FREE = (
@@ -68,11 +70,7 @@ def open_run(
     """
     folder = place(config.run_dir)
     found, notes = continuation(config, resume, train_set, policy, continue_from)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.yaml", dump_config(config))
-    except OSError as e:
-        raise DistmtlError(f"run.dir {folder} cannot be written: {e.strerror or e}; choose another run.dir") from None
+    make_run(folder, config)
     return found, notes
 
 
@@ -84,9 +82,7 @@ def continuation(
     extra = FREE_IF_MATCHING if policy == "matching" else ()
     if folder.exists() and not folder.is_dir():
         raise DistmtlError(f"run.dir {folder} is a file; choose another run.dir")
-    entries = [p.name for p in folder.iterdir()] if folder.exists() else []
-    if entries and not (folder / "config.yaml").exists():
-        raise DistmtlError(f"run.dir {folder} is not empty and not a run (no config.yaml); choose another run.dir or empty it")
+    entries = entries_of(folder)
     if PARTITIONS in entries:
         raise DistmtlError(f"run.dir {folder} holds a followed run; continue it with --follow, or choose another run.dir")
     log = folder / "metrics.jsonl"  # without a word in it or a checkpoint, the run failed before its first step
@@ -114,6 +110,46 @@ def continuation(
     return found, notes
 
 
+def entries_of(folder: Path) -> list[str]:
+    """Names of what a run's folder holds; none where there is no folder.
+
+    Raises:
+        DistmtlError: it holds something, but no run.
+    """
+    entries = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if entries and "config.yaml" not in entries:
+        raise DistmtlError(f"run.dir {folder} is not empty and not a run (no config.yaml); choose another run.dir or empty it")
+    return entries
+
+
+def make_run(folder: Path, config: Config, *inside: str) -> None:
+    """Make a run's folder, and one inside it, and write its config.yaml.
+
+    Raises:
+        DistmtlError: it cannot be written.
+    """
+    try:
+        folder.joinpath(*inside).mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "config.yaml", dump_config(config))
+    except OSError as e:
+        raise DistmtlError(f"run.dir {folder} cannot be written: {e.strerror or e}; choose another run.dir") from None
+
+
+def partition_folder(index: int, name: str) -> str:
+    """Where, in a followed run, the run of a partition is; a / of the partition's name becomes a comma.
+
+    Args:
+        index: its place in the chain.
+    """
+    return f"{PARTITIONS}/{index:06d}-{name.replace('/', ',')}"
+
+
+def partition_runs(folder: Path) -> list[Path]:
+    """The runs of a followed run's partitions, in their order; none where nothing is followed."""
+    entries = (folder / PARTITIONS).iterdir() if (folder / PARTITIONS).is_dir() else ()
+    return sorted((run for run in entries if IN_CHAIN.fullmatch(run.name)), key=lambda run: run.name)
+
+
 def config_of(folder: Path) -> Config:
     """The config of the run in a folder."""
     try:
@@ -133,8 +169,7 @@ def find_checkpoint(path: str) -> Checkpoint:
     if not folder.exists():
         raise DistmtlError(f"checkpoint {path}: no such folder")
     if (folder / PARTITIONS).is_dir():
-        runs = sorted((folder / PARTITIONS).iterdir(), key=lambda run: run.name, reverse=True)
-        newest = next((c for run in runs if (c := checkpoint.newest(run / "checkpoints")[0])), None)
+        newest = next((c for run in reversed(partition_runs(folder)) if (c := checkpoint.newest(run / "checkpoints")[0])), None)
         if newest is None:
             raise DistmtlError(f"run {path} has no complete checkpoint")
         return _readable(newest)
