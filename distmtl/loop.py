@@ -23,8 +23,9 @@ from distmtl.data.reader import Reader
 from distmtl.data.schema import kinds_of, served_columns
 from distmtl.data.splits import SPLITS, open_splits
 from distmtl.distributed.matmul import fastest_fp32
+from distmtl.distributed.plan import plan_json, plan_text
 from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
-from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard, step_counters
+from distmtl.distributed.sharding import dense_parameters, shard, step_counters
 from distmtl.errors import DistmtlError
 from distmtl.evaluation import evaluate_split
 from distmtl.health import Health
