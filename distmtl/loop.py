@@ -19,9 +19,10 @@ from distmtl.config import Config
 from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset
 from distmtl.data.hashing import HASH_VERSION
+from distmtl.data.output import SPLITS
 from distmtl.data.reader import Reader
 from distmtl.data.schema import kinds_of, served_columns
-from distmtl.data.splits import SPLITS, open_splits
+from distmtl.data.splits import open_splits
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.plan import plan_json, plan_text
 from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
