@@ -37,7 +37,7 @@ from benchmarks.record import Record
 from distmtl.batch import Batch
 from distmtl.config import Config
 from distmtl.config_file import parse_config
-from distmtl.data.synthetic import scattered
+from distmtl.data.planted import scattered
 from distmtl.distributed import sharding
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import Process, process_group

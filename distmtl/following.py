@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import time
 import zlib
 from collections.abc import Callable
@@ -25,17 +24,15 @@ import torch
 
 from distmtl import checkpoint
 from distmtl.config import Config
-from distmtl.config_file import dump_config
 from distmtl.data.partitions import SEAL, Partitions, in_order
 from distmtl.distributed.process import Process, on_first_rank
 from distmtl.errors import DistmtlError
 from distmtl.progress import Report, print_record
-from distmtl.run_directory import PARTITIONS, ResumePolicy, write_json
+from distmtl.run_directory import PARTITIONS, ResumePolicy, entries_of, make_run, partition_folder, partition_runs, read_json, write_json
 from distmtl.stopping import Request, asked, forget, passing_requests
 from distmtl.storage import absolute, place, remove_tree, write_whole
 from distmtl.tracking.trackers import require_trackers
 
-IN_CHAIN = re.compile(r"\d{6,}-(.+)")  # a folder in RUN/partitions
 POLL_S = 1.0
 CHECKPOINTS_OF = 2  # newest partitions that keep their checkpoints
 CLOCKS_S = 60.0  # that storage and workers may disagree by
@@ -63,7 +60,7 @@ class Partition:
 
     @property
     def folder(self) -> str:
-        return f"{PARTITIONS}/{self.index:06d}-{self.name.replace('/', ',')}"
+        return partition_folder(self.index, self.name)
 
 
 @dataclass
@@ -162,24 +159,16 @@ class Follower:
         Raises:
             DistmtlError: it is not that of a followed run.
         """
-        entries = [p.name for p in self.run.iterdir()] if self.run.is_dir() else []
-        if entries and "config.yaml" not in entries:
-            raise DistmtlError(f"run.dir {self.run} is not empty and not a run (no config.yaml); choose another run.dir or empty it")
-        if {"checkpoints", "metrics.jsonl"} & set(entries):
+        if {"checkpoints", "metrics.jsonl"} & set(entries_of(self.run)):
             raise DistmtlError(f"run.dir {self.run} holds a run that does not follow anything; choose another run.dir")
-        folders = (self.run / PARTITIONS).iterdir() if PARTITIONS in entries else ()
-        chain = sorted(p.name for p in folders if IN_CHAIN.fullmatch(p.name))
+        chain = [run.name for run in partition_runs(self.run)]
         if chain and self.resume == "never":
             raise DistmtlError(
                 f"run.dir {self.run} already holds a followed run; choose another run.dir, or continue it with --resume auto"
             )
         if chain and self.resume != "auto":
             self.say(f"run.dir {self.run} holds partitions of its own, which go before --resume {self.resume}")
-        try:
-            (self.run / PARTITIONS).mkdir(parents=True, exist_ok=True)
-            write_whole(self.run / "config.yaml", dump_config(self.config))
-        except OSError as e:
-            raise DistmtlError(f"run.dir {self.run} cannot be written: {e.strerror or e}; choose another run.dir") from None
+        make_run(self.run, self.config, PARTITIONS)
         for folder in chain:
             name = folder.partition("-")[2].replace(",", "/")
             partition, result = self.at_end(name), self.result_of(self.run / PARTITIONS / folder)
@@ -202,8 +191,7 @@ class Follower:
 
     def result_of(self, folder: Path) -> dict[str, Any] | None:
         """What a partition's run ended with, if it did."""
-        file = folder / "result.json"
-        result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        result = read_json(folder / "result.json")
         return result if result and not result["stopped"] else None
 
     def has_checkpoint(self, partition: Partition, step: int) -> bool:
@@ -247,7 +235,7 @@ class Follower:
 
     def prune(self, lines: list[Line]) -> None:
         for line in lines:
-            remove_tree(self.run / Partition(line.index, line.name, None, False).folder / "checkpoints")
+            remove_tree(self.run / partition_folder(line.index, line.name) / "checkpoints")
             line.checkpoint = None
 
     def write_index(self) -> None:

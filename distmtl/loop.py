@@ -14,16 +14,19 @@ from typing import Any
 import torch
 
 from distmtl import checkpoint
+from distmtl.changes import changes, same_model
 from distmtl.config import Config
 from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset
 from distmtl.data.hashing import HASH_VERSION
+from distmtl.data.output import SPLITS
 from distmtl.data.reader import Reader
 from distmtl.data.schema import kinds_of, served_columns
-from distmtl.data.splits import SPLITS, open_splits
+from distmtl.data.splits import open_splits
 from distmtl.distributed.matmul import fastest_fp32
+from distmtl.distributed.plan import plan_json, plan_text
 from distmtl.distributed.process import Process, gather_texts, on_first_rank, process_group
-from distmtl.distributed.sharding import dense_parameters, plan_json, plan_text, shard, step_counters
+from distmtl.distributed.sharding import dense_parameters, shard, step_counters
 from distmtl.errors import DistmtlError
 from distmtl.evaluation import evaluate_split
 from distmtl.health import Health
@@ -35,7 +38,7 @@ from distmtl.model.multitask import TrainModel, initialise_dense
 from distmtl.optim import Optimizers
 from distmtl.pipeline import Queued, make_pipeline
 from distmtl.progress import Progress, Report, print_record
-from distmtl.run_directory import ResumePolicy, changes, is_own, open_run, same_model, write_json
+from distmtl.run_directory import ResumePolicy, is_own, open_run, write_json
 from distmtl.saving import Saver
 from distmtl.stopping import GivenUp, Request, asked, forget, steps_between_looks
 from distmtl.storage import absolute, place, write_whole

@@ -8,15 +8,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 import yaml
-from torch import Size
 
 from distmtl import checkpoint
-from distmtl.checkpoint import Changes, Checkpoint
-from distmtl.config import BucketFeature, Config, DotConfig, Ids
+from distmtl.checkpoint import Checkpoint
+from distmtl.config import Config
 from distmtl.config_file import dump_config, flat, parse_config
-from distmtl.data.collate import alike_type, is_list, is_string
 from distmtl.data.dataset import Dataset
 from distmtl.data.hashing import HASH_VERSION
 from distmtl.errors import DistmtlError
@@ -24,6 +21,7 @@ from distmtl.storage import place, write_whole
 
 CALIBRATION = "calibration.json"  # beside the checkpoints
 PARTITIONS = "partitions"  # of a followed run: in it, the run of every partition
+IN_CHAIN = re.compile(r"\d{6,}-(.+)")  # the name of one of these
 
 # What may change between the start of a run and its continuation: how it is run, not what it computes.
 FREE = (
@@ -72,11 +70,7 @@ def open_run(
     """
     folder = place(config.run_dir)
     found, notes = continuation(config, resume, train_set, policy, continue_from)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.yaml", dump_config(config))
-    except OSError as e:
-        raise DistmtlError(f"run.dir {folder} cannot be written: {e.strerror or e}; choose another run.dir") from None
+    make_run(folder, config)
     return found, notes
 
 
@@ -88,9 +82,7 @@ def continuation(
     extra = FREE_IF_MATCHING if policy == "matching" else ()
     if folder.exists() and not folder.is_dir():
         raise DistmtlError(f"run.dir {folder} is a file; choose another run.dir")
-    entries = [p.name for p in folder.iterdir()] if folder.exists() else []
-    if entries and not (folder / "config.yaml").exists():
-        raise DistmtlError(f"run.dir {folder} is not empty and not a run (no config.yaml); choose another run.dir or empty it")
+    entries = entries_of(folder)
     if PARTITIONS in entries:
         raise DistmtlError(f"run.dir {folder} holds a followed run; continue it with --follow, or choose another run.dir")
     log = folder / "metrics.jsonl"  # without a word in it or a checkpoint, the run failed before its first step
@@ -118,6 +110,46 @@ def continuation(
     return found, notes
 
 
+def entries_of(folder: Path) -> list[str]:
+    """Names of what a run's folder holds; none where there is no folder.
+
+    Raises:
+        DistmtlError: it holds something, but no run.
+    """
+    entries = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if entries and "config.yaml" not in entries:
+        raise DistmtlError(f"run.dir {folder} is not empty and not a run (no config.yaml); choose another run.dir or empty it")
+    return entries
+
+
+def make_run(folder: Path, config: Config, *inside: str) -> None:
+    """Make a run's folder, and one inside it, and write its config.yaml.
+
+    Raises:
+        DistmtlError: it cannot be written.
+    """
+    try:
+        folder.joinpath(*inside).mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "config.yaml", dump_config(config))
+    except OSError as e:
+        raise DistmtlError(f"run.dir {folder} cannot be written: {e.strerror or e}; choose another run.dir") from None
+
+
+def partition_folder(index: int, name: str) -> str:
+    """Where, in a followed run, the run of a partition is; a / of the partition's name becomes a comma.
+
+    Args:
+        index: its place in the chain.
+    """
+    return f"{PARTITIONS}/{index:06d}-{name.replace('/', ',')}"
+
+
+def partition_runs(folder: Path) -> list[Path]:
+    """The runs of a followed run's partitions, in their order; none where nothing is followed."""
+    entries = (folder / PARTITIONS).iterdir() if (folder / PARTITIONS).is_dir() else ()
+    return sorted((run for run in entries if IN_CHAIN.fullmatch(run.name)), key=lambda run: run.name)
+
+
 def config_of(folder: Path) -> Config:
     """The config of the run in a folder."""
     try:
@@ -137,8 +169,7 @@ def find_checkpoint(path: str) -> Checkpoint:
     if not folder.exists():
         raise DistmtlError(f"checkpoint {path}: no such folder")
     if (folder / PARTITIONS).is_dir():
-        runs = sorted((folder / PARTITIONS).iterdir(), key=lambda run: run.name, reverse=True)
-        newest = next((c for run in runs if (c := checkpoint.newest(run / "checkpoints")[0])), None)
+        newest = next((c for run in reversed(partition_runs(folder)) if (c := checkpoint.newest(run / "checkpoints")[0])), None)
         if newest is None:
             raise DistmtlError(f"run {path} has no complete checkpoint")
         return _readable(newest)
@@ -174,112 +205,6 @@ def is_own(found: Checkpoint, config: Config) -> bool:
 
 def checkpoint_config(found: Checkpoint) -> Config:
     return parse_config(found.manifest["config"], f"checkpoint {found.path}")
-
-
-def same_model(config: Config, found: Checkpoint) -> bool:
-    """Whether a checkpoint's tables, their optimizers' state, its dense parameters and its weighting's state are the config's, each and
-    all."""
-    old, parts = checkpoint_config(found), {"features", "tasks", "interaction", "model", "weighting"}
-    return old.model_dump(include=parts) == config.model_dump(include=parts) and not _other_optimizers(config, old)
-
-
-def changes(config: Config, found: Checkpoint, train_set: Dataset) -> Changes:
-    """What of a checkpoint has another meaning in a changed config, although its name and shape may be the same."""
-    old, tables = checkpoint_config(found), {}
-    owners = [[t.name for t in c.tasks] if c.copies > 1 else [] for c in (config, old)]  # of a table's columns
-    for feature in config.embedded:
-        before = [f for f in old.embedded if f.table_name == feature.table_name]
-        if before and owners[0] != owners[1]:
-            tables[feature.table_name] = "has its columns dealt to the tasks in another way now"
-        elif isinstance(feature, BucketFeature):
-            if before and feature.boundaries not in [getattr(f, "boundaries", None) for f in before]:
-                tables[feature.table_name] = f"is read by {feature.name!r}, whose boundaries are others now"
-        elif before and _extra_rows_moved(feature, before[0]):
-            tables[feature.table_name] = f"is read by {feature.name!r}, whose rows of oov or missing ids lie elsewhere now"
-        elif before and getattr(before[0], "hashing", (1, False)) != feature.hashing:
-            what = "other rows" if getattr(before[0], "hashes", 1) == feature.hashes else f"{feature.hashes} rows each"
-            tables[feature.table_name] = f"is read by {feature.name!r}, whose ids read {what} now"
-        elif before and feature.rows not in [f.rows for f in before]:
-            hashed = any(feature.out_of_range == way == getattr(f, "out_of_range", "") for f in before for way in ("hash", "quotient"))
-            if hashed or _is_string(feature.source, train_set):
-                tables[feature.table_name] = f"is read by {feature.name!r}, whose ids are hashed to other rows now"
-        elif any(isinstance(f, BucketFeature) for f in before):
-            tables[feature.table_name] = f"was read by {before[0].name!r}, a bucket"
-    return Changes(tables, _other_optimizers(config, old), _other_weighting(config, old), _former_name(config, old))
-
-
-def _extra_rows_moved(now: Ids, then: Ids | BucketFeature) -> bool:
-    """Whether a row that the table had and has is, or was, an extra one and the other not."""
-    common = min(now.table_rows, then.table_rows)
-    before, after = ({f.rows + i: name for i, name in enumerate(f.extra_rows) if f.rows + i < common} for f in (then, now))
-    return before != after
-
-
-def _is_string(column: str, dataset: Dataset) -> bool:
-    """Whether its ids are hashed whatever out_of_range says."""
-    kind: pa.DataType = alike_type(dataset.open_part(0).schema_arrow.field(column).type)
-    return is_string(alike_type(kind.value_type) if is_list(kind) else kind)
-
-
-def _other_optimizers(config: Config, old: Config) -> dict[str, str]:
-    """Table → why the optimizer's state that was saved for it is of no use."""
-    tables = {f.table_name for f in config.embedded} & {f.table_name for f in old.embedded}
-    kinds = {t: (old.table_optimizer(t).kind, config.table_optimizer(t).kind) for t in sorted(tables)}
-    return {t: f"was {then}'s, is {now}'s" for t, (then, now) in kinds.items() if then != now}
-
-
-def _other_weighting(config: Config, old: Config) -> str:
-    """Why the state that was saved of it is of no use, "" if it is."""
-    for now, then in zip(*((c.weighting.kind, getattr(c.weighting, "form", "")) for c in (config, old)), strict=True):
-        if now != then:
-            return f"was {then}, is {now}"
-    now, then = ([(t.name, t.kind, t.weight, getattr(t, "loss", "")) for t in c.tasks] for c in (config, old))
-    return "" if now == then else "balances tasks that are others, in another order or of other weights, now"
-
-
-READ_IN_PARTS = ("home", "star", "pepnet")  # heads with weights as wide as some of the features' columns
-SHARED_BY_ALL = ("shared_bottom", "omoe", "mmoe", "plugin")  # heads whose networks, gates apart, belong to no task
-
-
-def _former_name(config: Config, old: Config) -> Any:
-    """For `Changes`: towers and gates go with their task, not with its place in the list; what reads the feature vector, and
-    networks that belong to tasks, fit only where those are laid out alike."""
-    now, then = ([(t.name, t.kind) for t in c.tasks] for c in (config, old))
-    parts = [[getattr(c.model, key, None) for key in ("domain", "domain_features", "gate_features")] for c in (config, old)]
-    vectors = [
-        ([(f.name, f.dim) for f in c.embedded] + [(f.name, f.columns) for f in c.dense], c.interaction, of)
-        for c, of in zip((config, old), parts, strict=True)
-    ]
-    spaces = [[(t.name, c.space(t)) for t in c.tasks] for c in (config, old)]
-    width = sum(columns for _, columns in vectors[0][0])
-    widths = {width, width + DotConfig.pairs(len(config.embedded))} if isinstance(config.interaction, DotConfig) else {width}
-    of_head = ("kind", "network", "shared_experts", "task_experts", "groups")
-    dealt = [[*(getattr(c.model, key, None) for key in of_head), [t.parents for t in c.tasks]] for c in (config, old)]
-    experts_fit = all(kind in SHARED_BY_ALL for kind, *_ in dealt) or (now == then and dealt[0] == dealt[1])
-
-    ours = "" if config.model.kind == "plugin" else r"|sharing\.gates|sharing\.levels\.\d+\.gates"
-
-    def former(name: str, shape: Size) -> tuple[str, str]:
-        why = ""
-        if of_task := re.fullmatch(rf"(.*\.head\.(?:towers{ours})\.)(\d+)(\..*)", name):
-            before, t, after = of_task.groups()
-            task = now[int(t)]
-            if task not in then:
-                return "", f"is of the {task[1]} task {task[0]!r}, which the checkpoint does not have"
-            name = f"{before}{then.index(task)}{after}"
-        if ".sharing." in name and not experts_fit:
-            why = "has its experts dealt to the tasks in another way now"
-        elif ".imputation." in name and spaces[0] != spaces[1]:
-            why = "imputes the errors of tasks that are others, or in another order, now"
-        elif (
-            vectors[0] != vectors[1]
-            and ".head." in name
-            and (".interaction." in name or (".sharing." in name and config.model.kind in READ_IN_PARTS) or (shape and shape[-1] in widths))
-        ):
-            why = "reads the features, which are others or in another order now"
-        return name, why
-
-    return former
 
 
 def finished(config: Config, digests: dict[str, str]) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from distmtl.config_file import parse_config
 from distmtl.data.collate import ROW, Collator
 from distmtl.data.hashing import hash_strings, into_rows, into_table, remainder_and_quotient
 from distmtl.data.rows import batch_of
-from distmtl.distributed.sharding import constraints
+from distmtl.distributed.planner import constraints
 from distmtl.errors import DistmtlError
 from distmtl.model.layout import Layout
 from distmtl.model.multitask import initialise_dense

@@ -16,9 +16,11 @@ from worlds import run_world
 from distmtl.__main__ import main
 from distmtl.config import Config
 from distmtl.config_file import load_config, parse_config
-from distmtl.distributed import sharding
+from distmtl.distributed import planner
+from distmtl.distributed.plan import describe, plan_text
+from distmtl.distributed.planner import make_plan
 from distmtl.distributed.process import process_group
-from distmtl.distributed.sharding import attach_table_optimizers, describe, make_plan, plan_text
+from distmtl.distributed.sharding import attach_table_optimizers
 from distmtl.model.multitask import TrainModel
 from distmtl.planning.hardware import Hardware
 from distmtl.planning.measured import measure
@@ -134,9 +136,9 @@ def test_a_trillion_parameters_on_128_ranks_take_neither_memory_nor_a_minute():
 def test_bisection_finds_what_the_full_search_finds(monkeypatch, hbm_gb):
     c = config([(f"t{i}", 2_000_000 // (i + 1), 32) for i in range(24)])
     fine = plan_world(c, Hardware(hbm_gb=hbm_gb), 8)
-    proposals, proposer = [], sharding.BisectingProposer
-    monkeypatch.setattr(sharding, "BisectingProposer", lambda n: proposals.append(n) or proposer(n))
-    monkeypatch.setattr(sharding, "SEARCH", 1000)
+    proposals, proposer = [], planner.BisectingProposer
+    monkeypatch.setattr(planner, "BisectingProposer", lambda n: proposals.append(n) or proposer(n))
+    monkeypatch.setattr(planner, "SEARCH", 1000)
     coarse = plan_world(c, Hardware(hbm_gb=hbm_gb), 8)
     assert proposals == [14], "the search was small enough for TorchRec's own"
     assert fine.fits and coarse.step_ms <= 1.01 * fine.step_ms

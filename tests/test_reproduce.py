@@ -11,7 +11,8 @@ from benchmarks.intervals import difference, interval, ratio, table
 from benchmarks.reproduce import funnel
 from benchmarks.reproduce.kept import measured
 from benchmarks.reproduce.mmoe_synthetic import WIDTH, Synthetic
-from distmtl.data.synthetic import BLOCK, World
+from distmtl.data.planted import BLOCK
+from distmtl.data.synthetic import World
 from distmtl.versions import git_commit
 
 

@@ -16,7 +16,8 @@ from distmtl.config_file import parse_config
 from distmtl.data.check import check_dataset
 from distmtl.data.collate import ROW, Collator
 from distmtl.data.dataset import open_dataset
-from distmtl.distributed.sharding import constraints, table_parameters
+from distmtl.distributed.planner import constraints
+from distmtl.distributed.sharding import table_parameters
 from distmtl.errors import DistmtlError
 from distmtl.model.kernels import segment_sum, spread
 from distmtl.model.layout import Layout

@@ -11,7 +11,9 @@ from sklearn.metrics import roc_auc_score
 from distmtl.__main__ import main
 from distmtl.config_file import load_config
 from distmtl.data import synthetic
-from distmtl.data.synthetic import BLOCK, World, write_log
+from distmtl.data.output import SPLITS
+from distmtl.data.planted import BLOCK
+from distmtl.data.synthetic import World, write_log
 from distmtl.data.wide import WideWorld
 from distmtl.errors import DistmtlError
 
@@ -40,7 +42,7 @@ def _within(y: pd.Series, p: pd.Series, sigmas: float = 4) -> bool:
 
 
 def test_rows_are_split_over_files_of_whole_blocks(log):
-    rows = {s: [pq.read_metadata(f).num_rows for f in sorted((log / s).iterdir())] for s in synthetic.SPLITS}
+    rows = {s: [pq.read_metadata(f).num_rows for f in sorted((log / s).iterdir())] for s in SPLITS}
     assert rows == {
         "train": [BLOCK, ROWS // 5 - BLOCK],
         "validation": [BLOCK, BLOCK, ROWS * 2 // 5 - 2 * BLOCK],
@@ -51,14 +53,14 @@ def test_rows_are_split_over_files_of_whole_blocks(log):
 def test_a_seed_gives_the_same_log_however_it_is_cut_and_a_longer_one_begins_with_it(log, tmp_path):
     write_log(tmp_path / "again", World(users=3000, items=500), rows=2 * ROWS, eval_share=0.4, rows_per_file=10**6)
     write_log(tmp_path / "other", World(1, users=3000, items=500), rows=ROWS, eval_share=0.4)
-    for split in synthetic.SPLITS:
+    for split in SPLITS:
         first = pq.read_table(log / split)
         assert pq.read_table(tmp_path / "again" / split)[: len(first)].equals(first)
         assert not pq.read_table(tmp_path / "other" / split).equals(first)
 
 
 def test_splits_differ(log):
-    heads = [pq.read_table(log / s)["user_id"].to_numpy()[:1000] for s in synthetic.SPLITS]
+    heads = [pq.read_table(log / s)["user_id"].to_numpy()[:1000] for s in SPLITS]
     assert not (heads[0] == heads[1]).all()
     assert not (heads[1] == heads[2]).all()
 

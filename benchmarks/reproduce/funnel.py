@@ -27,7 +27,9 @@ import pyarrow as pa
 from benchmarks.intervals import Interval, difference, interval, table
 from benchmarks.quality import run
 from benchmarks.reproduce.kept import Case, arguments, measured, write
-from distmtl.data.synthetic import BLOCK, SPLITS, World, write_log
+from distmtl.data.output import SPLITS
+from distmtl.data.planted import BLOCK
+from distmtl.data.synthetic import World, write_log
 
 CONFOUNDING = (0.0, 1.0)
 UNBIASED = 0.05

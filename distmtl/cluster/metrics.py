@@ -6,8 +6,7 @@ import threading
 
 from ray.util.metrics import Counter, Gauge
 
-from distmtl.following import IN_CHAIN
-from distmtl.run_directory import PARTITIONS
+from distmtl.run_directory import IN_CHAIN, PARTITIONS
 from distmtl.tracking.records import Record
 
 OF_RUN = {  # kind of record → its key → metric of the run

@@ -18,7 +18,7 @@ def add(p: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from distmtl.config_file import load_config
-    from distmtl.verification import verify
+    from distmtl.verification.gate import verify
 
     if a.workers < 1:
         raise DistmtlError(f"--workers {a.workers}: compare with at least 1")

@@ -27,7 +27,8 @@ import pyarrow as pa
 from scipy.special import ndtr
 
 from distmtl.data.crowd import Crowd
-from distmtl.data.synthetic import BLOCK, SPLITS, Columns, sigmoid, solve
+from distmtl.data.output import SPLITS
+from distmtl.data.planted import BLOCK, Columns, sigmoid, solve
 from distmtl.errors import DistmtlError
 
 COMMON, TURNED, OWN = 0.2, 1.0, 0.4

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from distmtl.data.synthetic import BLOCK, Columns, Planted, scattered
+from distmtl.data.planted import BLOCK, Columns, Planted, scattered
 
 HOURS = 24
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from distmtl.data.crowd import Crowd
 from distmtl.data.output import new_folder, write_configs
-from distmtl.data.synthetic import BLOCK, Columns, sigmoid, solve
+from distmtl.data.planted import BLOCK, Columns, sigmoid, solve
 from distmtl.errors import DistmtlError
 
 RATE = {"click": 0.3, "conversion": 0.3}  # of impressions, of clicks; on day 0 without drift

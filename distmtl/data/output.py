@@ -15,6 +15,7 @@ import yaml
 
 from distmtl.errors import DistmtlError
 
+SPLITS = ("train", "validation", "test")  # of a log, and of a config's `data`
 ROW_GROUP_ROWS = 16_384  # small enough to shuffle, to split over streams and to decode a step at a time
 
 

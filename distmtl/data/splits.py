@@ -5,9 +5,8 @@ from __future__ import annotations
 from distmtl.config import Config
 from distmtl.data.check import check_dataset
 from distmtl.data.dataset import Dataset, open_dataset
+from distmtl.data.output import SPLITS
 from distmtl.errors import DistmtlError
-
-SPLITS = ("train", "validation", "test")
 
 
 def open_splits(config: Config, checked: bool = False) -> dict[str, Dataset]:

@@ -20,7 +20,6 @@ the best possible. `days_since_visit` is null in one row of twenty, `interests` 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,12 +28,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distmtl.data.hashing import mix
-from distmtl.data.output import ROW_GROUP_ROWS, new_folder, write_configs
+from distmtl.data.output import SPLITS, new_folder, write_configs
+from distmtl.data.planted import BLOCK, Columns, Planted, lists, scattered, sigmoid, solve, zipf
 from distmtl.errors import DistmtlError
 
-SPLITS = ("train", "validation", "test")
-BLOCK = ROW_GROUP_ROWS
 AGES, CITIES, CATEGORIES, BRANDS, DEVICES, POSITIONS, MAX_INTERESTS = 8, 100, 40, 400, 3, 10, 5
 CLICK_RATE, CONVERSION_RATE = 0.10, 0.20  # of impressions, of clicks
 NOISE = 0.5
@@ -48,8 +45,6 @@ WEIGHTS = {
     "rating":     dict(zip(PARTS, (0.20, 0.40, 0.4, 0.20, 0.0, 0.4, 0.3, 0.0, 0.0, 0.0))),
 }  # fmt: skip
 SPREAD = {"click": 1.3, "conversion": 1.2, "rating": 0.6}  # standard deviation over impressions
-
-Columns = dict[str, np.ndarray]
 
 
 class Source(Protocol):
@@ -109,26 +104,6 @@ def write_log(
     return written
 
 
-class Planted:
-    """Numbers that hang on nothing but a seed, a name and ids."""
-
-    def __init__(self, seed: int):
-        if seed < 0:
-            raise DistmtlError(f"seed {seed} must not be negative")
-        self.seed = seed
-
-    def uniform(self, name: str, *ids: np.ndarray) -> np.ndarray:
-        """A number in [0, 1) for each tuple of ids, always the same."""
-        h = mix(np.array([(self.seed << 32 | zlib.crc32(name.encode())) % 2**64], dtype=np.uint64))
-        for i in ids:
-            h = mix(h ^ i.astype(np.uint64))
-        return (h >> np.uint64(11)) * 2.0**-53
-
-    def effect(self, name: str, *ids: np.ndarray) -> np.ndarray:
-        """As `uniform`, with mean 0 and variance 1."""
-        return (self.uniform(name, *ids) - 0.5) * math.sqrt(12)
-
-
 class World(Planted):
     """Who there is, and what they click, buy and like.
 
@@ -183,9 +158,9 @@ class World(Planted):
     def impressions(self, rng: np.random.Generator) -> Columns:
         """The features of BLOCK impressions; `interests` is (BLOCK, MAX_INTERESTS) with -1 where there is none."""
         user, item = scattered(rng.random(BLOCK), self.users, 0.8), scattered(rng.random(BLOCK), self.items, 1.0)
-        category = _zipf(self.uniform("category", item), CATEGORIES, 0.7)
+        category = zipf(self.uniform("category", item), CATEGORIES, 0.7)
         slots = np.arange(MAX_INTERESTS)
-        interests = _zipf(self.uniform("interest", user[:, None], slots[None]), CATEGORIES, 0.7)
+        interests = zipf(self.uniform("interest", user[:, None], slots[None]), CATEGORIES, 0.7)
         log_price = 3.0 + 0.7 * self.effect("price", item) + 0.5 * self.effect("price of", category)
         days = rng.exponential(7.0, BLOCK).astype(np.float32).round(1)
         days[rng.random(BLOCK) < 0.05] = np.nan
@@ -193,14 +168,14 @@ class World(Planted):
             "user_id": user,
             "item_id": item,
             "age": (AGES * self.uniform("age", user)).astype(np.int64),
-            "city": _zipf(self.uniform("city", user), CITIES, 0.8),
+            "city": zipf(self.uniform("city", user), CITIES, 0.8),
             "category": category,
-            "brand": _zipf(self.uniform("brand", item), BRANDS, 0.7),
+            "brand": zipf(self.uniform("brand", item), BRANDS, 0.7),
             "interests": np.where(slots < (MAX_INTERESTS + 1) * self.uniform("interests", user)[:, None] // 1, interests, -1),
             "hour": rng.integers(24, size=BLOCK),
-            "device": _zipf(rng.random(BLOCK), DEVICES, 0.8),
-            "position": _zipf(rng.random(BLOCK), POSITIONS, 0.6),
-            "domain": _zipf(rng.random(BLOCK), self.domains, 0.5),
+            "device": zipf(rng.random(BLOCK), DEVICES, 0.8),
+            "position": zipf(rng.random(BLOCK), POSITIONS, 0.6),
+            "domain": zipf(rng.random(BLOCK), self.domains, 0.5),
             "price": np.exp(log_price).astype(np.float32).round(2),
             "days_since_visit": days,
         }
@@ -305,45 +280,13 @@ class World(Planted):
         }
 
 
-def lists(ids: np.ndarray) -> pa.Array:
-    """(n, width) ids, -1 where there is none, as a column of lists."""
-    has = ids >= 0
-    return pa.ListArray.from_arrays(np.r_[0, np.cumsum(has.sum(1))].astype(np.int32), ids[has])
-
-
 def _normal(nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Gauss–Hermite: values and weights that stand for a standard normal."""
     x, w = np.polynomial.hermite_e.hermegauss(nodes)
     return x, w / w.sum()
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * x))
-
-
 def _mean_sigmoid(logit: np.ndarray, std: float) -> np.ndarray:
     """E σ(logit + std·z), to 1e-4 or better for std up to 2."""
     z, weights = _normal(7 if std < 1 else 15)
     return sigmoid(logit[:, None] + std * z) @ weights
-
-
-def _zipf(u: np.ndarray, n: int, exponent: float) -> np.ndarray:
-    """Uniform numbers → ranks 0 … n-1 with density ∝ (1 + rank)^-exponent, without a table of n."""
-    if exponent == 1:
-        x = (1.0 + n) ** u
-    else:
-        x = (1 + u * ((1.0 + n) ** (1 - exponent) - 1)) ** (1 / (1 - exponent))
-    return np.minimum(x.astype(np.int64) - 1, n - 1)
-
-
-def scattered(u: np.ndarray, n: int, exponent: float) -> np.ndarray:
-    """As `_zipf`, the popular ones scattered over 0 … n-1: times a prime above n is a permutation."""
-    return _zipf(u, n, exponent) * 2_654_435_761 % n
-
-
-def solve(f: Callable[[float], float], low: float = -8.0, high: float = 8.0) -> float:
-    """Where the increasing f is 0."""
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (middle, high) if f(middle) < 0 else (low, middle)
-    return low

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distmtl.data.synthetic import BLOCK, SPLITS, Planted, lists, scattered, sigmoid, solve
+from distmtl.data.output import SPLITS
+from distmtl.data.planted import BLOCK, Planted, lists, scattered, sigmoid, solve
 from distmtl.errors import DistmtlError
 
 SMALLEST = 100  # rows of a table

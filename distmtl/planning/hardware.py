@@ -8,7 +8,7 @@ from typing import Any
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, DDR_CAP, DDR_MEM_BW, HBM_MEM_BW, INTRA_NODE_BANDWIDTH
 
-from distmtl.distributed.sharding import GLOO_BANDWIDTH
+from distmtl.distributed.planner import GLOO_BANDWIDTH
 
 GIB = 2**30
 BYTES_PER_MS = GIB / 1000  # TorchRec's unit of bandwidth, of one GB/s

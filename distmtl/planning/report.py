@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distmtl.config import Config
+from distmtl.distributed.plan import plan_json, plan_text
 from distmtl.distributed.process import quieten
-from distmtl.distributed.sharding import aligned, plan_json, plan_text
 from distmtl.errors import DistmtlError
 from distmtl.planning.hardware import GIB, Hardware
 from distmtl.planning.measured import Measured, measure
 from distmtl.planning.numbers import gib, number
 from distmtl.planning.search import HostMemory, host_memory, smallest_world
 from distmtl.planning.world import LISTED, MEMORY, TIMES, World, dense_parameters, offline_model, plan_world
+from distmtl.tabulate import aligned
 
 UNVALIDATED = "TorchRec's model, not validated on hardware"
 
@@ -127,7 +128,7 @@ class Report:
         some = ", ".join(names[:LISTED]) + (", …" if len(names) > LISTED else "")
         return (
             f"with the largest tables in host memory ({self.hardware.ddr_gb:g} GiB per rank), most on one rank, {UNVALIDATED}:\n"
-            + aligned(head, lines)
+            + aligned(head, lines, left=(0,))
             + f"\nmoved, largest first: {some}. Planned only: distmtl trains every table in the device's memory"
         )
 
@@ -179,7 +180,7 @@ def _memory_text(world: World, hardware: Hardware) -> str:
     used = world.capacity - min(world.memory["free"])
     unit, size = ("GiB", GIB) if used >= GIB else ("MiB", 2**20)
     lines = [[name, *_spread(world.memory[key], 1 / size)] for key, name in MEMORY.items()]
-    return aligned([f"{unit} of {what} per rank, of {number(world.capacity / size)}", "min", "median", "max"], lines)
+    return aligned([f"{unit} of {what} per rank, of {number(world.capacity / size)}", "min", "median", "max"], lines, left=(0,))
 
 
 def _times_text(world: World, hardware: Hardware) -> str:
@@ -188,7 +189,7 @@ def _times_text(world: World, hardware: Hardware) -> str:
     lines.append(["all", *_spread(world.totals), number(world.step_ms)])
     extra = f"distributing the ids takes {number(world.input_ms)} ms more, which TorchRec leaves out"
     extra += ": the pipeline overlaps it" if hardware.device == "cuda" else ""
-    return f"predicted by {UNVALIDATED}:\n{aligned(head, lines)}\n{extra}\nbottleneck: {world.bottleneck()}"
+    return f"predicted by {UNVALIDATED}:\n{aligned(head, lines, left=(0,))}\n{extra}\nbottleneck: {world.bottleneck()}"
 
 
 def _worlds_text(worlds: list[World]) -> str:
@@ -202,7 +203,7 @@ def _worlds_text(worlds: list[World]) -> str:
         else:
             row += ["-", number(w.available / GIB), "-", "-", "-"]
         lines.append(row)
-    table = aligned(head, lines, words=(3, 8))
+    table = aligned(head, lines, left=(3, 8))
     why = [f"{w.world_size} rank(s): {w.misfit[0]}" for w in worlds if not w.fits]
     return "\n".join([f"world sizes asked for ({UNVALIDATED}; tables only)", table, *why])
 

@@ -10,7 +10,8 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams
 
 from distmtl.config import Config
-from distmtl.distributed.sharding import BisectingProposer, constraints, optimizer_bytes
+from distmtl.distributed.plan import optimizer_bytes
+from distmtl.distributed.planner import BisectingProposer, constraints
 from distmtl.planning.hardware import Hardware
 from distmtl.planning.numbers import gib
 from distmtl.planning.world import World, plan_world

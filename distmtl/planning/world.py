@@ -15,16 +15,9 @@ from torchrec.distributed.planner.storage_reservations import HeuristicalStorage
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption, Stats
 
 from distmtl.config import Config, SgdDense
-from distmtl.distributed.sharding import (
-    PlannedTable,
-    attach_table_optimizers,
-    constraints,
-    describe,
-    make_planner,
-    optimizer_bytes,
-    sharders,
-    table_parameters,
-)
+from distmtl.distributed.plan import PlannedTable, describe, optimizer_bytes
+from distmtl.distributed.planner import constraints, make_planner, sharders
+from distmtl.distributed.sharding import attach_table_optimizers, table_parameters
 from distmtl.errors import DistmtlError
 from distmtl.model.multitask import TrainModel
 from distmtl.planning.hardware import Hardware

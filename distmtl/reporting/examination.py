@@ -28,7 +28,7 @@ from distmtl.metrics import Accumulator, Metrics, higher_is_better
 from distmtl.reporting.curves import Curves, curves_of
 from distmtl.reporting.gates import gated, without_expert
 from distmtl.reporting.gathering import Run
-from distmtl.run_directory import PARTITIONS, checkpoint_config, config_of, find_checkpoint
+from distmtl.run_directory import checkpoint_config, config_of, find_checkpoint, partition_folder
 from distmtl.scores import Scored, Scores
 from distmtl.slices import MAX_VALUES, Slices, make_slices
 from distmtl.storage import place
@@ -83,7 +83,7 @@ def subject(run: Run) -> Subject:
         raise DistmtlError(f"{run.path} has no checkpoint of the partition before its last one, and its config names no data.test")
     found = find_checkpoint(run.partitions[-2]["checkpoint"])
     last = run.partitions[-1]
-    folder = place(run.path) / PARTITIONS / f"{last['index']:06d}-{last['name'].replace('/', ',')}"
+    folder = place(run.path) / partition_folder(last["index"], last["name"])
     return Subject(found, checkpoint_config(found), open_dataset(config_of(folder).data.train))
 
 

@@ -13,7 +13,7 @@ from distmtl.config import Config
 from distmtl.config_file import flat
 from distmtl.errors import DistmtlError
 from distmtl.health_page import History, history_of
-from distmtl.run_directory import PARTITIONS, config_of, read_json
+from distmtl.run_directory import config_of, partition_runs, read_json
 from distmtl.storage import place
 from distmtl.tracking.log import LOG, LogReader, counted, read_log
 from distmtl.tracking.records import Record
@@ -115,7 +115,7 @@ class RunLog:
 
     def refresh(self) -> list[Record]:
         """Read what is new, and return it."""
-        chain, new = partitions_of(self.folder), []
+        chain, new = partition_runs(self.folder), []
         folders = chain or [self.folder]
         if self.logs and self.logs[-1] not in folders:  # what was trained of the newest partition was undone
             self._begin()
@@ -154,11 +154,6 @@ def run_of(log: RunLog, name: str) -> Run:
         read_json(folder / "result.json"),
         read_log(folder / "follow.jsonl") if (folder / "follow.jsonl").exists() else [],
     )
-
-
-def partitions_of(folder: Path) -> list[Path]:
-    """The runs of a followed run's partitions, in their order."""
-    return sorted((folder / PARTITIONS).iterdir(), key=lambda p: p.name) if (folder / PARTITIONS).is_dir() else []
 
 
 def moved(record: Record, offset: int, partition: str | None) -> Record:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from distmtl.reporting.gathering import RunLog, partitions_of
-from distmtl.run_directory import read_json
+from distmtl.reporting.gathering import RunLog
+from distmtl.run_directory import partition_runs, read_json
 
 
 def outcome(log: RunLog) -> str | None:
@@ -15,7 +15,7 @@ def outcome(log: RunLog) -> str | None:
         return f"failed: {last['text']}"
     if last["kind"] == "stopped":
         return "stopped"
-    if not partitions_of(log.folder):
+    if not partition_runs(log.folder):
         return "stopped" if last["result"]["stopped"] else "complete"
     result = log.folder / "result.json"  # of a followed run; its start writes config.yaml
     if not result.exists() or result.stat().st_mtime < (log.folder / "config.yaml").stat().st_mtime:

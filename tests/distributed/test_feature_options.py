@@ -7,10 +7,12 @@ import tiny
 import torch
 from worlds import pipeline_of_cuda, records, run_world, saved_state, train_world
 
-from distmtl import verification
 from distmtl.config import Config
 from distmtl.config_file import parse_config
-from distmtl.verification import short_run, shrink, unsharded_run
+from distmtl.verification import gate
+from distmtl.verification.gate import shrink
+from distmtl.verification.reference import unsharded_run
+from distmtl.verification.runs import short_run
 
 SGD = {"tables": {"kind": "sgd", "lr": 0.1}, "dense": {"kind": "sgd", "lr": 0.05}}
 BOTH = {"out_of_range": "oov", "missing": "row"}
@@ -74,7 +76,7 @@ def test_sharded_equals_unsharded(tiny_data, tmp_path, interaction):
 
 
 def test_a_table_that_verify_shrinks_is_hashed_into_and_drops_nothing(tiny_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "MAX_TABLE_ROWS", 100)
+    monkeypatch.setattr(gate, "MAX_TABLE_ROWS", 100)
     small, changes = shrink(with_options(tiny_data, tmp_path / "run"), str(tmp_path / "small"))
     assert changes == ["table 'user' has 100 rows instead of 150, and ids are hashed into it, none dropped"]
     assert small.tables_read["user"] == (101, 8), "the row of missing ids is kept"

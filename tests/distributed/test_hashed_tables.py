@@ -17,7 +17,9 @@ from distmtl.config_file import parse_config
 from distmtl.data.hashing import hash_strings, into_rows
 from distmtl.errors import DistmtlError
 from distmtl.evaluation import evaluate
-from distmtl.verification import short_run, unsharded_run, verify
+from distmtl.verification.gate import verify
+from distmtl.verification.reference import unsharded_run
+from distmtl.verification.runs import short_run
 
 HASHED = {"out_of_range": "hash", "hashes": 2}
 

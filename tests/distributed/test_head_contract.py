@@ -15,7 +15,8 @@ from distmtl.config import Config
 from distmtl.model.head import Head
 from distmtl.model.layout import Features, Layout
 from distmtl.model.multitask import initialise_dense
-from distmtl.verification import ShortRun, short_run, unsharded_run
+from distmtl.verification.reference import unsharded_run
+from distmtl.verification.runs import ShortRun, short_run
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -12,11 +12,12 @@ import torch
 from states import state_of
 from worlds import records, run_world, saved_state, train_world
 
+from distmtl.changes import changes
 from distmtl.checkpoint import Checkpoint
 from distmtl.config_file import parse_config
 from distmtl.data.dataset import open_dataset
 from distmtl.errors import DistmtlError
-from distmtl.run_directory import changes, open_run
+from distmtl.run_directory import open_run
 
 TABLE, STATE = "tables/model.embeddings.embedding_bags.{}.weight", "tables_optimizer/model.embeddings.embedding_bags.{}.weight/{}.momentum1"
 SAVED = 6

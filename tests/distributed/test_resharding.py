@@ -24,7 +24,7 @@ from distmtl.loop import Training
 from distmtl.progress import Progress
 from distmtl.saving import Saver
 from distmtl.storage import place
-from distmtl.verification import State
+from distmtl.verification.runs import State
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
 LAYOUTS = ("table_wise", "row_wise", "column_wise")

@@ -11,7 +11,8 @@ from worlds import pipeline_of_cuda, records, run_world, saved_state, train_worl
 
 from distmtl.config import Config
 from distmtl.config_file import parse_config
-from distmtl.verification import short_run, unsharded_run
+from distmtl.verification.reference import unsharded_run
+from distmtl.verification.runs import short_run
 
 TABLES = ("item", "shelf")
 SEQUENCES = [

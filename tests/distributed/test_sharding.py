@@ -10,7 +10,8 @@ from worlds import run_world
 from distmtl.config import Config
 from distmtl.config_file import parse_config
 from distmtl.errors import DistmtlError
-from distmtl.verification import State, short_run, unsharded_run
+from distmtl.verification.reference import unsharded_run
+from distmtl.verification.runs import State, short_run
 
 CASES = [
     ("table_wise", "sgd", 2), ("row_wise", "sgd", 2), ("column_wise", "sgd", 2), ("row_wise", "adagrad", 2),

@@ -2,9 +2,9 @@
 
 import tiny
 
-from distmtl import verification
 from distmtl.__main__ import main
 from distmtl.config_file import dump_config, parse_config
+from distmtl.verification import gate
 
 
 def write(path, config):
@@ -13,7 +13,7 @@ def write(path, config):
 
 
 def test_verify_passes_and_says_what_it_changed(tiny_data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verification, "MAX_TABLE_ROWS", 100)
+    monkeypatch.setattr(gate, "MAX_TABLE_ROWS", 100)
     config = tiny.config(
         tiny_data,
         tmp_path / "run",
@@ -39,5 +39,5 @@ def test_dropout_is_off_in_what_an_entire_space_head_is_built_on(tiny_data, tmp_
     """Else 1 and 2 workers would drop other columns, and differ."""
     raw = tiny.raw(tiny_data, tmp_path / "run", model={"kind": "esmm", "network": {"kind": "mmoe", "dropout": 0.3}})
     raw["tasks"][1]["parents"] = ["click"]
-    small, changes = verification.shrink(parse_config(raw), str(tmp_path))
+    small, changes = gate.shrink(parse_config(raw), str(tmp_path))
     assert small.model.network.dropout == 0 and "dropout is off" in changes

@@ -23,7 +23,8 @@ from distmtl.model.loss import StepNumbers
 from distmtl.model.weighting import Weighting, weighting
 from distmtl.model.weighting.weighting import Seen, State
 from distmtl.progress import Progress
-from distmtl.verification import ShortRun, short_run, unsharded_run
+from distmtl.verification.reference import unsharded_run
+from distmtl.verification.runs import ShortRun, short_run
 
 KINDS = {kind: c for c in get_args(get_args(WeightingConfig)[0]) for kind in get_args(c.model_fields["kind"].annotation)}
 MMOE = {"kind": "mmoe", "num_experts": 3, "expert": [16, 8]}

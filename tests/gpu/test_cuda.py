@@ -28,7 +28,8 @@ from distmtl.errors import DistmtlError
 from distmtl.loop import Training, train
 from distmtl.model.kernels import linear_relu, mix, segment_sum, spread
 from distmtl.progress import Progress
-from distmtl.verification import ShortRun, loaded_state, short_run, unsharded_run
+from distmtl.verification.reference import unsharded_run
+from distmtl.verification.runs import ShortRun, loaded_state, short_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -15,10 +15,9 @@ import pyarrow.parquet as pq
 from distmtl.data.dataset import Dataset
 from distmtl.data.hashing import mix
 from distmtl.data.init.sample import Column, finite, instants, tables
-from distmtl.data.output import ROW_GROUP_ROWS
+from distmtl.data.output import ROW_GROUP_ROWS, SPLITS
 from distmtl.errors import DistmtlError
 
-SPLITS = ("train", "validation", "test")
 CUTS = (0.8, 0.9)
 OTHER_NAMES = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test", "holdout")}
 TIMES = ("timestamp", "ts", "time", "datetime", "event_time", "event_timestamp", "date", "day", "dt", "created_at")
