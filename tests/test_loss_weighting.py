@@ -16,14 +16,14 @@ from torch import Tensor
 from distmtl.config_file import parse_config
 from distmtl.errors import DistmtlError
 from distmtl.model.loss import JointLoss
-from distmtl.model.weighting import Cut, Weighting, weighting
+from distmtl.model.weighting import Cut, Weighting, make_weighting
 
 STEPS, TASKS = 12, 3
 
 
 def made(seed: int = 0, tasks: list[dict[str, Any]] | None = None, **method: Any) -> Weighting:
     sections = {"weighting": method, "run": {"seed": seed}} | ({"tasks": tasks} if tasks else {})
-    return weighting(tiny.config(Path(), Path(), **sections))
+    return make_weighting(tiny.config(Path(), Path(), **sections))
 
 
 def weights_of(method: Weighting, losses: Tensor, grams: Tensor | None = None) -> Tensor:

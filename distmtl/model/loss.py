@@ -17,7 +17,7 @@ from distmtl.model.escm2 import counterfactual
 from distmtl.model.funnel import joint_labels, joint_logit, lineage
 from distmtl.model.guard import Guard
 from distmtl.model.kinds import places, row_loss
-from distmtl.model.weighting import Cut, weighting
+from distmtl.model.weighting import Cut, make_weighting
 from distmtl.model.weighting.cut import Gradients
 
 
@@ -128,7 +128,7 @@ class JointLoss(nn.Module):
     def __init__(self, config: Config, cut: Cut | None = None, guard: Guard | None = None):
         super().__init__()
         self.guard = guard or Guard()
-        self.terms, self.weighting, self.cut, self.log_every = Terms(config), weighting(config), cut, config.train.log_every
+        self.terms, self.weighting, self.cut, self.log_every = Terms(config), make_weighting(config), cut, config.train.log_every
         self.reads_gradients = config.weighting.reads_gradients
         self.register_buffer("coefficients", torch.tensor(self.terms.coefficients, dtype=torch.float64), persistent=False)
         self.register_buffer("owners", torch.tensor(self.terms.owners), persistent=False)

@@ -18,7 +18,7 @@ from distmtl.model.home import NormalisedExperts
 from distmtl.model.layout import Features, Layout
 from distmtl.model.loss import Terms
 from distmtl.model.sequences import SequencePooling
-from distmtl.model.weighting import weighting
+from distmtl.model.weighting import make_weighting
 from distmtl.optim import dense_optimizer
 from distmtl.verification.runs import ShortRun, State
 
@@ -34,7 +34,7 @@ def unsharded_run(config: Config, ranks: list[ShortRun]) -> tuple[Tensor, Tensor
     model.load_state_dict({name: weights[f"model.{name}"] for name in model.state_dict()})
     dense, terms = dense_optimizer(config.optimizer, list(model.parameters())), Terms(config)
     momentum = {name: torch.zeros_like(table) for name, table in tables.items()}
-    balance, shared, owners = weighting(config), Shared(head), torch.tensor(terms.owners)
+    balance, shared, owners = make_weighting(config), Shared(head), torch.tensor(terms.owners)
     losses, weightings = [], []
     for step in range(len(ranks[0].batches)):
         batches = [rank.batches[step] for rank in ranks]

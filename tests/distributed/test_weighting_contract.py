@@ -20,7 +20,7 @@ from distmtl.evaluation import evaluate
 from distmtl.loop import Training
 from distmtl.model import loss
 from distmtl.model.loss import StepNumbers
-from distmtl.model.weighting import Weighting, weighting
+from distmtl.model.weighting import Weighting, make_weighting
 from distmtl.model.weighting.weighting import Seen, State
 from distmtl.progress import Progress
 from distmtl.verification.reference import unsharded_run
@@ -96,7 +96,7 @@ class Moving(Weighting):
         return len(seen.tasks) * state["mean"][seen.tasks] / state["mean"][seen.tasks].sum()
 
 
-STATEFUL = [kind for kind in KINDS if [*weighting(config_for(Path(), Path(), "mmoe", {"kind": kind})).buffers()]]
+STATEFUL = [kind for kind in KINDS if [*make_weighting(config_for(Path(), Path(), "mmoe", {"kind": kind})).buffers()]]
 
 
 @pytest.mark.parametrize("kind", ["moving", *STATEFUL])

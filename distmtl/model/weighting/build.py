@@ -29,7 +29,7 @@ from distmtl.model.weighting.surgery import IMTLG, MGDA, AlignedMTL, CAGrad, Dua
 from distmtl.model.weighting.weighting import Static, Weighting
 
 
-def weighting(config: Config) -> Weighting:
+def make_weighting(config: Config) -> Weighting:
     tasks, seed = len(config.tasks), config.run.seed
     match config.weighting:
         case StaticWeighting():
