@@ -20,7 +20,7 @@ from distmtl.data.check import check_dataset
 from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.data.reader import every_row
-from distmtl.distributed.process import Process, gather_arrays, gather_texts, on_first_rank, process_group
+from distmtl.distributed.process import Process, gather_arrays, gather_texts, on_any_rank, on_first_rank, process_group
 from distmtl.distributed.sharding import shard
 from distmtl.errors import DistmtlError
 from distmtl.metrics import Accumulator
@@ -190,17 +190,8 @@ def _run(
             batch = batch.to(process.device)
             error = batch.error or unseen_domain(model, batch, config, dataset.locate)
             see(model(batch), batch)
-            if _anyone(error is not None, process):
+            if on_any_rank(process, error is not None)[0]:  # all of them stop at the same step then
                 break
     model.train(was_training)
     if errors := gather_texts(process, error):
         raise DistmtlError("\n".join(errors))
-
-
-def _anyone(failed: bool, process: Process) -> bool:
-    """Whether a rank has an error: all of them stop at the same step then."""
-    if process.world_size == 1:
-        return failed
-    flag = torch.tensor(float(failed), device=process.device)
-    dist.all_reduce(flag)
-    return bool(flag > 0)

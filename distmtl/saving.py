@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from distmtl import checkpoint
-from distmtl.distributed.process import Process, on_first_rank
+from distmtl.distributed.process import Process, on_any_rank, on_first_rank
 from distmtl.errors import DistmtlError
 from distmtl.optim import Optimizers
 
@@ -88,7 +88,7 @@ class Saver:
         while True:
             futures.wait([self.job], LOOK_EVERY_S)
             alone = self.job.done() and self.job.exception() is not None and not isinstance(self.job.exception(), DistmtlError)
-            busy, broken = self._on_any_rank(not self.job.done(), alone)
+            busy, broken = on_any_rank(self.process, not self.job.done(), alone)
             if broken and not alone:
                 raise RuntimeError("another rank could not write its part of the checkpoint")
             if broken or not busy:
@@ -115,14 +115,6 @@ class Saver:
             if self.process.first:
                 self.unsaid.append(self.job.result())
             self.job = _done()
-
-    def _on_any_rank(self, *flags: bool) -> list[bool]:
-        """Over the loop's own group, whose time limit is that of a step."""
-        if self.process.world_size == 1:
-            return list(flags)
-        numbers = torch.tensor(flags, dtype=torch.float32, device=self.process.device)
-        dist.all_reduce(numbers)
-        return [n > 0 for n in numbers.tolist()]
 
     def _make_copies(self) -> None:
         pinned = self.process.device.type == "cuda"

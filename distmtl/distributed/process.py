@@ -117,6 +117,15 @@ def gather_texts(process: Process, text: str | None) -> list[str]:
     return list(dict.fromkeys(t for t in boxes if t))
 
 
+def on_any_rank(process: Process, *flags: bool) -> list[bool]:
+    """Which of the flags some rank has set; over the loop's own group, whose time limit is that of a step."""
+    if process.world_size == 1:
+        return list(flags)
+    numbers = torch.tensor(flags, dtype=torch.float32, device=process.device)
+    dist.all_reduce(numbers)
+    return [n > 0 for n in numbers.tolist()]
+
+
 def gather_arrays(process: Process, mine: R) -> list[R]:
     """What every rank has, in rank order, on rank 0; nothing on the others."""
     if process.world_size == 1:
