@@ -63,7 +63,7 @@ class Meter:
         for total in (self.all, self.steady)[: self.intervals]:  # the first interval holds what only happens once
             total[0] += self.rows
             total[1] += self.seconds
-        return round(self.rows / max(self.seconds, 1e-9), 1)
+        return self.rows / max(self.seconds, 1e-9)
 
     def data_wait(self) -> float:
         return round(self.waited / max(self.seconds, 1e-9), 4)
