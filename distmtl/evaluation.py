@@ -20,6 +20,7 @@ from distmtl.data.check import check_dataset
 from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset, open_dataset
 from distmtl.data.reader import every_row
+from distmtl.data.splits import SPLITS
 from distmtl.distributed.process import Process, gather_arrays, gather_texts, on_any_rank, on_first_rank, process_group
 from distmtl.distributed.sharding import shard
 from distmtl.errors import DistmtlError
@@ -46,10 +47,12 @@ def evaluate(
             result: feature → slice → metric → value, of the slices in which a row has its label.
 
     Raises:
-        DistmtlError: no complete checkpoint there, or data or slices that do not fit its config.
+        DistmtlError: no complete checkpoint there, another split, or data or slices that do not fit its config.
     """
     found = find_checkpoint(path)
     config = checkpoint_config(found)
+    if split not in (None, *SPLITS[1:]):
+        raise DistmtlError(f"split {split!r} is not one of {' and '.join(SPLITS[1:])}")
     name = "data" if data else split or ("test" if config.data.test else "validation")
     where = data or getattr(config.data, name)
     if not where:

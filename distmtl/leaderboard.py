@@ -28,7 +28,7 @@ from distmtl.config import Config, did_you_mean
 from distmtl.config.leaderboard import LeaderboardConfig
 from distmtl.config_file import in_a_line, merge, override, parse_file, read_as, read_mapping, resolve
 from distmtl.errors import DistmtlError
-from distmtl.metrics import COLUMNS, higher_is_better
+from distmtl.metrics import COLUMNS, called, higher_is_better
 from distmtl.run_directory import write_json
 from distmtl.storage import absolute, write_whole
 from distmtl.tabulate import aligned, piped
@@ -75,12 +75,21 @@ def make_cells(board: LeaderboardConfig) -> list[Cell]:
         DistmtlError: a data set's own config cannot be read.
     """
     bases = {name: read_mapping(path) for name, path in board.data.items()}
+    lists = [tasks for base in bases.values() if isinstance(tasks := base.get("tasks"), list)]
+    of_any = [t.get("name") for tasks in lists for t in tasks if isinstance(t, dict)]
     return [
-        _cell(board, Key(data, head, weighting), bases[data]) for data in bases for head in board.heads for weighting in board.weightings
+        _cell(board, Key(data, head, weighting), bases[data], of_any)
+        for data in bases
+        for head in board.heads
+        for weighting in board.weightings
     ]
 
 
-def _cell(board: LeaderboardConfig, key: Key, base: dict[str, Any]) -> Cell:
+def _cell(board: LeaderboardConfig, key: Key, base: dict[str, Any], of_any: list[Any]) -> Cell:
+    """
+    Args:
+        of_any: tasks of all data sets; `metrics` may name one that this data set does not have.
+    """
     folder = f"{absolute(board.folder)}/{key}"
     weighting = board.weightings[key.weighting].model_dump(mode="json")
     try:
@@ -89,22 +98,22 @@ def _cell(board: LeaderboardConfig, key: Key, base: dict[str, Any]) -> Cell:
         for item in (*board.overrides, "cluster.workers=1", *([f"train.monitor={board.select}"] if board.select else [])):
             override(raw, item)
         config = parse_file(raw, Path(board.data[key.data]))
-        _refuse(board, config)
+        _refuse(board, config, of_any)
     except DistmtlError as e:
         return Cell(key, failure=in_a_line(e))
     runs = {s: config.run.model_copy(update={"seed": s, "dir": f"{folder}/seed-{s}"}) for s in board.seeds}
     return Cell(key, {s: config.model_copy(update={"run": run}) for s, run in runs.items()})
 
 
-def _refuse(board: LeaderboardConfig, config: Config) -> None:
+def _refuse(board: LeaderboardConfig, config: Config, of_any: list[Any]) -> None:
     for split, why in (("validation", "the best is chosen by it"), ("test", "the table reports it")):
         if not getattr(config.data, split):
             raise DistmtlError(f"data.{split} is missing: {why}")
     tasks = {t.name: t for t in config.tasks}
     for task, metric in board.metrics.items():
-        if task not in tasks:
+        if task not in tasks and task not in of_any:
             raise DistmtlError(f"metrics.{task}: no task {task!r}{did_you_mean(task, tasks)}")
-        if metric not in tasks[task].metrics:
+        if task in tasks and metric not in tasks[task].metrics:
             raise DistmtlError(f"metrics.{task}: {metric!r} is not one of {', '.join(tasks[task].metrics)}")
 
 
@@ -238,7 +247,7 @@ class Table:
         in_full = layout is piped  # a terminal is too narrow for every task's gain
         title = ["", "head", "weighting", f"validation {monitor}"]
         for t, m in tasks.items():
-            title += [f"{t} {_name(m)}", *([f"Δ {t} %"] if in_full else [])]
+            title += [f"{t} {called(m)}", *([f"Δ {t} %"] if in_full else [])]
         title += ["Δm %", "worse", "samples/s", "tables", "dense", "train s", "seeds"]
         lines, failed = [], []
         for row in self.rows[data]:
@@ -276,7 +285,7 @@ class Table:
         return "\n\n".join(out) if in_full else "\n".join(out)
 
     def _choice(self, row: Row, tasks: dict[str, str], monitor: str) -> str:
-        shown = ", ".join(f"{t} {_name(m)} {_show(row.tests[t], COLUMNS[m][1])}" for t, m in tasks.items())
+        shown = ", ".join(f"{t} {called(m)} {_show(row.tests[t], COLUMNS[m][1])}" for t, m in tasks.items())
         is_base = (row.cell.key.head, row.cell.key.weighting) == self.board.base
         gain = (
             "the baseline itself"
@@ -346,10 +355,6 @@ def _gain(value: float | None, base: float | None, metric: str) -> float | None:
 def _mean(values: list[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return round(sum(known) / len(known), 3) if known else None
-
-
-def _name(metric: str) -> str:
-    return COLUMNS[metric][0] if metric in COLUMNS else metric
 
 
 def _show(mean: Mean | None, digits: str = ".4f", scale: float = 1.0) -> str:

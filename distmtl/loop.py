@@ -381,7 +381,7 @@ class Training:
             loss=sum(c * losses[name] for name, c in zip(terms.names, terms.coefficients, strict=True)),
             losses=losses,
             health=health,
-            samples_per_second=speed,
+            samples_per_second=round(speed, 1),
             data_wait=meter.data_wait(),
             lr=self.optimizers.dense_lr,
             replaced_ids=meter.replaced_ids,

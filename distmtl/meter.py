@@ -64,7 +64,7 @@ class Meter:
         return (self.sums[0] / self.sums[1].clamp(min=1e-30)).tolist()
 
     def samples_per_second(self) -> float:
-        return round(self.rows / max(self.seconds, 1e-9), 1)
+        return self.rows / max(self.seconds, 1e-9)
 
     def data_wait(self) -> float:
         return round(self.waited / max(self.seconds, 1e-9), 4)

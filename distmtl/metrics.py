@@ -347,7 +347,15 @@ COLUMNS = {  # metric: (header, format)
     "entire_best_possible_auc": ("best entire", ".4f"), "entire_calibration": ("entire calib.", ".4f"),
     "accuracy": ("accuracy", ".4f"), "positive_auc": ("AUC of > 0", ".4f"), "rmse": ("RMSE", ".5g"), "mae": ("MAE", ".5g"),
     "calibration": ("calibration", ".4f"), "rows": ("rows", ",d"), "positives": ("positives", ",d"),
+    "joint_gauc": ("joint GAUC", ".4f"), "joint_pr_auc": ("joint PR-AUC", ".4f"), "joint_logloss": ("joint logloss", ".4f"),
+    "joint_ne": ("joint NE", ".4f"),
 }  # fmt: skip
+ON_REQUEST = ("joint_gauc", "joint_pr_auc", "joint_logloss", "joint_ne")  # a leaderboard's column; too many for every table
+
+
+def called(metric: str) -> str:
+    """A metric as tables head it."""
+    return COLUMNS[metric][0] if metric in COLUMNS else metric
 
 
 def format_metrics(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -357,7 +365,7 @@ def format_metrics(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> st
         lines.append(((split, task, ""), values))
         lines += [((split, task, f"{f} {name}"), of) for f, found in values.get("slices", {}).items() for name, of in found.items()]
     named = 3 if any(names[2] for names, _ in lines) else 2
-    shown = [m for m in COLUMNS if any(m in values for _, values in lines)]
+    shown = [m for m in COLUMNS if m not in ON_REQUEST and any(m in values for _, values in lines)]
     table = [[*("split", "task", "slice")[:named], *(COLUMNS[m][0] for m in shown)]]
     for names, values in lines:
         table.append([*names[:named], *("-" if (v := values.get(m)) is None else format(v, COLUMNS[m][1]) for m in shown)])

@@ -108,6 +108,36 @@ def test_mistakes_of_cells_are_theirs_alone(tmp_path):
     assert cells[4].failure == "model.num_expert: unknown key; did you mean 'num_experts'?"
 
 
+def test_a_metric_is_of_the_data_sets_that_have_its_task(tmp_path):
+    data = {"test": str(tmp_path / "data" / "validation")}
+    other = tiny.raw(tmp_path / "data", tmp_path / "unused", data=data)
+    other["tasks"] = [{"kind": "binary", "name": "like"}]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    fields = {"data": {"tiny": "base.yaml", "other": "other.yaml"}, "heads": {"single_task": HEADS["single_task"]}, "select": None}
+    fields |= {"weightings": {"static": {"kind": "static"}}}
+    board = load_leaderboard(write(tmp_path, **fields, metrics={"conversion": "pr_auc", "like": "joint_pr_auc"}))
+    cells = make_cells(board)
+    assert [c.failure for c in cells] == [None, None]
+    made = result(0.7, 0.7, 0.5, 0.6)
+    made["metrics"]["test"] = {"like": {"joint_pr_auc": 0.25}}
+    table = Table(board, cells, {(cells[1].key, 0): made})
+    assert table.tasks("tiny")["conversion"] == "pr_auc" and table.tasks("other") == {"like": "joint_pr_auc"}
+    assert "like joint PR-AUC 0.2500" in table.text()
+    nowhere = make_cells(load_leaderboard(write(tmp_path, **fields, metrics={"lik": "auc"})))
+    assert "metrics.lik: no task 'lik'" in nowhere[0].failure and "did you mean 'like'?" in nowhere[1].failure
+
+
+def test_a_stopped_run_is_still_to_train(tmp_path):
+    from distmtl.cluster.leaderboard import note
+
+    cell, results = make_cells(load_leaderboard(write(tmp_path)))[0], {}
+    stopped = {"stopped": True, "best_value": None, "metrics": {}}
+    assert note(0, cell, {"result": stopped}, results) == "stopped; the same command continues it" and not results and not cell.failure
+    ended = result(0.7, 0.7, 0.5, 0.6) | {"stopped": False}
+    assert note(1, cell, {"result": ended}, results) == "validation click.auc 0.6000" and results == {(cell.key, 1): ended}
+    assert note(2, cell, {"error": "it rains"}, results) == "failed: seed 2: it rains" == f"failed: {cell.failure}"
+
+
 def test_a_finished_run_of_another_config_or_of_other_data_is_not_taken(tmp_path):
     """Also where `distmtl train` would continue it: its figures would be another board's."""
     config = tiny.config(Path(), tmp_path / "run")
@@ -116,8 +146,9 @@ def test_a_finished_run_of_another_config_or_of_other_data_is_not_taken(tmp_path
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
     assert finished(config, digests) is None, "it was stopped before its end"
-    (tmp_path / "run" / "result.json").write_text(json.dumps({"stopped": False, "data": digests}))
-    assert finished(config, digests) == {"stopped": False, "data": digests}
+    for stopped in (True, False):
+        (tmp_path / "run" / "result.json").write_text(json.dumps({"stopped": stopped, "data": digests}))
+        assert finished(config, digests) == (None if stopped else {"stopped": False, "data": digests})
     tracked = tiny.config(Path(), tmp_path / "run", tracking={"mlflow": {"uri": "file:///mlruns"}})
     assert finished(tracked, digests), "who is told of a run makes it no other"
     for key, section in (("train.steps=3", "train"), ("train.monitor=click.auc", "train"), ("evaluation.exact_rows=7", "evaluation")):

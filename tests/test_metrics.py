@@ -6,7 +6,7 @@ import json
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from sklearn import metrics as sk
 
+from distmtl.config import TaskConfig
 from distmtl.errors import DistmtlError
-from distmtl.metrics import Accumulator, Metrics, _bin, better, format_metrics, select
+from distmtl.metrics import COLUMNS, Accumulator, Metrics, _bin, better, format_metrics, select
 from distmtl.scores import Column, Scored
 
 torch.set_num_threads(1)
@@ -365,3 +366,13 @@ def test_format_metrics_is_an_aligned_table():
         assert watch[end] != " "
         assert click[end + 1 : end + 2] in ("", " ")
     assert format_metrics({}).split() == ["split", "task"]
+
+
+@pytest.mark.parametrize("kind", get_args(get_args(TaskConfig)[0]))
+def test_every_metric_that_a_config_may_name_has_a_column(kind):
+    assert set(kind.metrics) <= set(COLUMNS)
+
+
+def test_of_joint_metrics_two_are_printed():
+    values = {"joint_auc": 0.7, "joint_gauc": 0.7, "joint_pr_auc": 0.2, "joint_logloss": 0.1, "joint_ne": 0.9, "joint_calibration": 1.0}
+    assert format_metrics({"test": {"buy": values}}).split("\n")[0].split() == ["split", "task", "joint", "AUC", "joint", "calib."]

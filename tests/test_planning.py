@@ -246,3 +246,11 @@ def test_measured_beside_predicted(tiny_data, tmp_path):
     report = make_report(c, CPU, [1])
     report.measured = measured
     assert "measured / predicted" in report.text() and json.loads(json.dumps(report.json()))["measured"]["ratio"] == measured.ratio
+
+
+def test_measured_without_tables(tiny_data, tmp_path):
+    c = tiny.config(tiny_data, tmp_path / "run", features=[{"kind": "numeric", "name": "x"}])
+    report = make_report(c, CPU, [1])
+    report.measured = run_world(measure, 1, c, CPU, 7)[0]
+    assert report.measured.tables_ms == 0 < report.measured.step_ms and report.measured.ratio is None
+    assert report.text() and json.dumps(report.json(), allow_nan=False)

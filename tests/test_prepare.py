@@ -38,7 +38,7 @@ def _write_census(folder: Path, train: list[str], test: list[str]) -> Path:
     return folder
 
 
-def _refused(tmp_path: Path, match: str, name: str = "census-income", **options: object) -> None:
+def _refused(tmp_path: Path, match: str, name: str = "census-income", /, **options: object) -> None:
     with pytest.raises(DistmtlError, match=match) as e:
         prepare(name, tmp_path / "raw", tmp_path / "out", **options)
     assert len(str(e.value).splitlines()) == 1
@@ -120,6 +120,7 @@ def test_unknown_names_options_and_folders_are_refused(tmp_path):
     (tmp_path / "raw").mkdir()
     _refused(tmp_path, "no data set 'mnist'; there are census-income, movielens-1m", "mnist")
     _refused(tmp_path, "census-income has no option fold; it has protocol", fold=1)
+    _refused(tmp_path, "census-income has no option source, name; it has protocol", source="x", name="y")
     _refused(tmp_path, "protocol 'P3' is not one of P1, P2", protocol="P3")
     _refused(tmp_path, r"fold 6 is not in 1 … 5", "movielens-1m", fold=6)
 

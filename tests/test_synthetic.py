@@ -153,7 +153,13 @@ def test_ready_configs_load(log, head):
     assert [t.true_probability for t in config.tasks] == ["p_click", "p_conversion"]
 
 
-@pytest.mark.parametrize("options", [{"rows": 3}, {"eval_share": 0.5}, {"users": 0}, {"domains": 0}, {"seed": -1}, {"confounding": -1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rows": 3}, {"eval_share": 0.5}, {"users": 0}, {"domains": 0}, {"seed": -1},
+        {"confounding": -1.0}, {"confounding": float("nan")}, {"confounding": float("inf")}, {"kept_negatives": float("nan")},
+    ],
+)  # fmt: skip
 def test_options_out_of_range_leave_nothing(tmp_path, options):
     sizes = {k: v for k, v in options.items() if k in ("rows", "eval_share")}
     world = {k: v for k, v in options.items() if k not in sizes}

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from pages import Page
 
 from distmtl.__main__ import main
 from distmtl.config_file import dump_config
+from distmtl.meter import Meter
 from distmtl.progress import describe
 from distmtl.reporting.gathering import RunLog, read_run
 from distmtl.storage import place
@@ -241,6 +243,12 @@ def test_a_page_that_loads_itself_again(written, monkeypatch):
         html = urllib.request.urlopen(address, timeout=5).read().decode()
     thread.join(20)
     assert ends == ["complete"] and not thread.is_alive(), "the last page was fetched"
+
+
+def test_the_slowest_run_has_a_speed():
+    meter = Meter(1, torch.device("cpu"))
+    meter.rows, meter.seconds = 8, 1000.0
+    assert meter.samples_per_second() == 0.008, "what is left is divided by it"
 
 
 def test_what_cannot_be_watched_is_one_sentence(written, tmp_path, capsys):

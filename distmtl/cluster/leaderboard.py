@@ -63,12 +63,7 @@ def run_leaderboard(board: LeaderboardConfig, say: Say = print) -> Table:
             say(f"training {slots} at a time, {' and '.join(f'{n} {k}' for k, n in resources.items())} each")
             spent: list[float] = []
             for seed, cell, outcome in _train(runs, resources, slots):
-                if "result" in outcome:
-                    results[cell.key, seed] = outcome["result"]
-                    what = f"validation {table().monitor(cell.key.data)} {outcome['result']['best_value']:.4f}"
-                else:
-                    cell.failure = f"seed {seed}: {in_a_line(DistmtlError(outcome['error']))}"
-                    what = f"failed: {cell.failure}"
+                what = note(seed, cell, outcome, results)
                 spent.append(outcome["seconds"])
                 left = sum(not c.failure and (c.key, s) not in results for s, c in runs)
                 eta = duration(sum(spent) / len(spent) * left / slots)
@@ -79,6 +74,18 @@ def run_leaderboard(board: LeaderboardConfig, say: Say = print) -> Table:
     if results:  # else what is there, of another config, stays
         final.write(folder)
     return final
+
+
+def note(seed: int, cell: Cell, outcome: dict[str, Any], results: dict[tuple[Key, int], dict[str, Any]]) -> str:
+    """Put an outcome of `_train` into `results` or the cell's failure, and say it. A run that somebody stopped is still to train."""
+    if "error" in outcome:
+        cell.failure = f"seed {seed}: {in_a_line(DistmtlError(outcome['error']))}"
+        return f"failed: {cell.failure}"
+    result = outcome["result"]
+    if result["stopped"]:
+        return "stopped; the same command continues it"
+    results[cell.key, seed] = result
+    return f"validation {cell.runs[seed].train.monitor} {result['best_value']:.4f}"
 
 
 def _look(board: LeaderboardConfig, cells: list[Cell]) -> tuple[dict[tuple[Key, int], dict[str, Any]], list[tuple[int, Cell]]]:

@@ -150,5 +150,5 @@ def _why() -> str:
 def _refuse_taken(host: str, port: int) -> None:
     try:
         socket.create_server((host, port)).close()
-    except OSError as e:
-        raise DistmtlError(f"--host {host} --port {port} cannot be opened: {e.strerror}; choose others") from None
+    except (OSError, OverflowError) as e:
+        raise DistmtlError(f"--host {host} --port {port} cannot be opened: {getattr(e, 'strerror', e)}; choose others") from None

@@ -135,8 +135,8 @@ class World(Planted):
         for name, value in {"users": users, "items": items, "domains": domains}.items():
             if not 1 <= value <= 10**9:
                 raise DistmtlError(f"{name} {value} is not in 1 … 1,000,000,000")
-        if confounding < 0:
-            raise DistmtlError(f"confounding {confounding} must not be negative")
+        if not 0 <= confounding < math.inf:
+            raise DistmtlError(f"confounding {confounding} is not a number of 0 or more")
         if not 0 < kept_negatives <= 1:
             raise DistmtlError(f"kept_negatives {kept_negatives} is not above 0 and at most 1")
         self.users, self.items, self.domains, self.confounding, self.kept_negatives = users, items, domains, confounding, kept_negatives

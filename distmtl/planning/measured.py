@@ -71,7 +71,7 @@ def measure(config: Config, hardware: Hardware, steps: int = 20, warm_up: int = 
         queue = iter(batches)
         whole = _timed(lambda: training.pipeline.progress(queue), last)
         ids = iter([b.sparse for b in batches])
-        alone = _timed(lambda: _tables_alone(training.train_model.model, next(ids)), last) if one.embedded else [0.0]
+        alone = _timed(lambda: _tables_alone(training.train_model.model, next(ids)), last) if one.embedded else [0.0] * last
     skip = warm_up if last > 2 * warm_up else 0
     return Measured(
         last - skip, one.train.global_batch_size, predicted.step_ms, statistics.median(alone[skip:]), statistics.median(whole[skip:])

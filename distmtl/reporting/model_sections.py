@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from distmtl.metrics import called
 from distmtl.reporting import drawing
 from distmtl.reporting.drawing import Bars, Line, Map, Panel
 from distmtl.reporting.examination import Drop, Examination
-from distmtl.reporting.page import Plot, Section, Table, called, series_rows
+from distmtl.reporting.page import Plot, Section, Table, series_rows
 
 Examined = Mapping[str, Examination | str]  # run → what was found, or why nothing was looked for
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from distmtl.metrics import COLUMNS
-
 TABLE_ROWS = 60  # of a series: evenly spaced ones, with both ends
 
 STYLE = """
@@ -113,11 +111,6 @@ def _table(t: Table) -> str:
     table = f"<table><caption>{e(t.caption)}</caption><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
     table = f'<div class="scroll" tabindex="0" role="region" aria-label="{e(t.caption)}">{table}</div>'
     return f"{table}\n" if t.shown else f"<details><summary>Numbers: {e(t.caption)}</summary>{table}</details>\n"
-
-
-def called(metric: str) -> str:
-    """A metric as tables of `distmtl evaluate` head it."""
-    return COLUMNS[metric][0] if metric in COLUMNS else metric
 
 
 def cell(value: Any) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 from distmtl.config import BinaryTask, MulticlassTask
 from distmtl.config_file import flat
 from distmtl.health_page import Series
+from distmtl.metrics import called
 from distmtl.reporting import drawing
 from distmtl.reporting.drawing import Line, Map, Panel, Piece
 from distmtl.reporting.gathering import Run, config_differences
-from distmtl.reporting.page import Plot, Section, Table, called, cell, series_rows
+from distmtl.reporting.page import Plot, Section, Table, cell, series_rows
 
 STRETCHES = 48  # of time in a heat map
 PAIRS = 6  # of tasks whose cosine is drawn over time

@@ -151,6 +151,12 @@ def test_what_cannot_be_sliced_is_refused(folder, wanted, sentence):
         evaluate(str(folder / "run"), slices=[wanted])
 
 
+@pytest.mark.parametrize("split", ["valid", "group"])
+def test_another_split_is_refused(folder, split):
+    with pytest.raises(DistmtlError, match=f"split '{split}' is not one of validation and test"):
+        evaluate(str(folder / "run"), split=split)
+
+
 def test_a_feature_is_sliced_once(folder):
     with pytest.raises(DistmtlError, match="domain is there twice; once is enough"):
         evaluate(str(folder / "run"), slices=["domain=", "domain"])

@@ -173,6 +173,14 @@ def test_wrong_commands(tmp_path):
         assert done.returncode and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+def test_a_port_that_cannot_be():
+    from distmtl.cluster.serve import _refuse_taken
+    from distmtl.errors import DistmtlError
+
+    with pytest.raises(DistmtlError, match=r"--port 99999 cannot be opened: .*0-65535"):
+        _refuse_taken("127.0.0.1", 99999)
+
+
 def test_a_client_that_goes_away_is_no_failure_of_the_server():
     from distmtl.cluster.serve import body_of
     from distmtl.serving.request import BadRequest

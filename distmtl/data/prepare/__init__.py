@@ -18,7 +18,7 @@ from distmtl.errors import DistmtlError
 DATA_SETS: dict[str, Callable[..., None]] = {"census-income": census_income.write, "movielens-1m": movielens.write}
 
 
-def prepare(name: str, source: Path, out: Path, **options: Any) -> None:
+def prepare(name: str, source: Path, out: Path, /, **options: Any) -> None:
     """Write `name` from the raw files in `source` to `out`, whole or not at all.
 
     Raises:
