@@ -104,7 +104,7 @@ def test_a_resumed_run_weighs_as_an_uninterrupted_one(tiny_data, tmp_path, monke
     """Six steps on two workers, then six on one: λ's state is in the checkpoint, and goes on to where two workers bring it. What only
     wants the weights does not mind it."""
     if kind == "moving":
-        monkeypatch.setattr(loss, "weighting", lambda config: Moving(len(config.tasks)))
+        monkeypatch.setattr(loss, "make_weighting", lambda config: Moving(len(config.tasks)))
     train = {"steps": 12, "save_every": 6, "eval_every": 12, "keep": 9}
     asked = {"kind": "static" if kind == "moving" else kind}
     whole, rest = (config_for(tiny_data, tmp_path / run, "mmoe", asked, train=train) for run in ("whole", "rest"))
