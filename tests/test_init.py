@@ -101,6 +101,13 @@ SAID = {
         "100 % look like numbers with signs or commas, such as '$200': write plain",
     ),
     "thousands in text": (column([f"{i % 50 * 40:,}" for i in ROW]), "50 % look like numbers with signs or commas, such as '1,000'"),
+    "decimal commas": (column([f"{i % 99},{i % 10}0" for i in ROW]), "decimal comma, such as '0,00': write plain numbers"),
+    "an amount that is none": (column(["n/a", *(f"{i % 97}%" for i in ROW[1:])]), "such as '1%': write plain numbers, 1"),
+    "three ids of three digits": (
+        column([f"{100 + i % 7},{102 + i % 5},{101 + i % 6}" for i in ROW]),
+        "look like lists, such as '100,102,101'",
+    ),
+    "ids of a table too large": (column(ROW % 7 + 25 * 10**6, "user_id"), "25,000,000 to 25,000,006: of 25,000,007 rows most would never"),
     "ids far from 0": (column(ROW % 501 + 10**6), "1,000,000 to 1,000,500: of 1,000,501 rows most would never be read, so they are hashed"),
     "ids near each other": (column(ROW % 501 + 10**6), "subtract 1,000,000 from them, and each has a row of its own"),
 }
@@ -113,7 +120,13 @@ def test_what_was_seen_and_how_to_mend_it_is_said(case):
 
 
 @pytest.mark.parametrize(
-    "values", [[f"Drama, {i % 400} (2001)" for i in ROW], [f"{i % 300:05d}" for i in ROW], [f"10.0.{i % 9}" for i in ROW]]
+    "values",
+    [
+        [f"Drama, {i % 400} (2001)" for i in ROW],
+        [f"{i % 300:05d}" for i in ROW],
+        [f"10.0.{i % 9}" for i in ROW],
+        [f"40-{60 + i % 9}-1000" for i in ROW],
+    ],
 )
 def test_other_text_is_text(values):
     found = guess(column(values), "x")

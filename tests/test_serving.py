@@ -300,10 +300,11 @@ def test_metrics(exports, serve):
     assert lines['distmtl_request_seconds_count{version="v0"}'] == "1.0" and float(lines['distmtl_model_sequence{version="v0"}']) == 1
 
 
-def test_a_request_that_can_be_pasted(exports, serve, tmp_path):
-    """With the token and the price that this server asks for."""
+@pytest.mark.parametrize("price", ["cost", "x"])
+def test_a_request_that_can_be_pasted(exports, serve, tmp_path, price):
+    """With the token and the price that this server asks for, which may be a column that the model reads too."""
     (tmp_path / "a token").write_text("secret")
-    (tmp_path / "fusion.yaml").write_text("fusion: {kind: product, tasks: {click: {}}, price: cost}")
+    (tmp_path / "fusion.yaml").write_text("fusion: {kind: product, tasks: {click: {}}, price: " + price + "}")
     more = {"token": str(tmp_path / "a token"), "fusion": str(tmp_path / "fusion.yaml")}
     service = serve(exports, exports, **more)
     curl, _, url, _, authorization, _, body = shlex.split(service.settings.request("http://localhost:8000"))

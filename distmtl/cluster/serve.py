@@ -90,6 +90,7 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000, replica
     settings = settings.absolute()
     settings.check()
     _refuse_taken(host, port)
+    example = settings.request(f"http://{host}:{port}")
     stop = threading.Event()
     counts = tempfile.mkdtemp(prefix="distmtl-serve-")
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -98,7 +99,7 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000, replica
         with session(cluster):
             _start(settings, host, port, replicas, counts)
             say(f"serving {', '.join(settings.versions)} at http://{host}:{port}/v1/score with {replicas} replica(s); Ctrl-C ends it")
-            say(f"try it: {settings.request(f'http://{host}:{port}')}")
+            say(f"try it: {example}")
             before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
             try:
                 stop.wait()

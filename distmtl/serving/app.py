@@ -84,7 +84,9 @@ class Settings:
         body = described(Path(path), self.limits)["paths"]["/v1/score"]["post"]["requestBody"]["content"][JSON]["example"]
         fusion = read_fusion(Path(self.fusion)) if self.fusion else None
         if isinstance(fusion, ProductFusion) and fusion.price and fusion.price not in body["context"]:
-            body["candidates"].setdefault(fusion.price, [1.0, 2.0])
+            candidates = body["candidates"]
+            if min(candidates.get(fusion.price, [0])) <= 0:
+                candidates[fusion.price] = [i + 1 for i, _ in enumerate(next(iter(candidates.values())))]
         if len(self.versions) > 1:
             body["version"] = name
         token = f' -H "Authorization: Bearer $(cat {shlex.quote(self.token)})"' if self.token else ""

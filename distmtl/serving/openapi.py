@@ -51,7 +51,7 @@ def openapi(manifest: Manifest, config: Config, columns: dict[str, Column], limi
                     ],
                     "requestBody": {
                         "required": True,
-                        "content": {JSON: {"schema": {"$ref": f"{REF}Request"}, "example": example(manifest, config, columns)}},
+                        "content": {JSON: {"schema": {"$ref": f"{REF}Request"}, "example": example(manifest, config, columns, limits)}},
                     },
                     "responses": {"200": _answer("scores", {"$ref": f"{REF}Response"}), **refused},
                 }
@@ -72,12 +72,15 @@ def openapi(manifest: Manifest, config: Config, columns: dict[str, Column], limi
     }
 
 
-def example(manifest: Manifest, config: Config, columns: dict[str, Column]) -> dict[str, Any]:
-    """A request that the model answers: two candidates, for one of data.group where the model reads that."""
-    varying = {name: [_typical(column, i) for i in (1, 2)] for name, column in columns.items()}
+def example(manifest: Manifest, config: Config, columns: dict[str, Column], limits: Limits) -> dict[str, Any]:
+    """A request that the model answers: two candidates, for one of data.group where the model reads that. Of a domain that is text
+    nothing here knows a value that was trained."""
+    candidates = range(1, min(limits.candidates, 2) + 1)
+    varying = {name: [_typical(column, i) for i in candidates] for name, column in columns.items()}
     domain = next((f.source for f in config.features if f.name == config.domain), None)
     if domain and manifest.domains and columns[domain].item == "integer":
-        varying[domain] = [manifest.domains[0]] * 2
+        value = manifest.domains[0] if columns[domain].lengths is None else [manifest.domains[0]]
+        varying[domain] = [value] * len(candidates)
     context = {name: varying.pop(name)[0] for name in list(varying) if name == config.data.group and len(varying) > 1}
     return {"context": context, "candidates": varying}
 

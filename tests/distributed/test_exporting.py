@@ -85,7 +85,7 @@ def apart(config: Config, out: Path) -> float:
 def answers_its_example(out: Path) -> None:
     """The request that OpenAPI and `distmtl serve` show is one that the model answers."""
     model = Model.load(out, Limits())
-    body = example(model.predictor.manifest, model.predictor.config, model.columns)
+    body = example(model.predictor.manifest, model.predictor.config, model.columns, model.limits)
     for scores in model.predictor(parse_rows(body, model.columns, model.fusion, model.limits).table).values():
         assert len(scores) == 2 and np.isfinite(scores).all()
 

@@ -24,9 +24,12 @@ OFTEN_NULL = 0.05  # then a null says something, and gets a row of its own
 LONG_TEXT = 50  # characters on average
 LOOKED_AT = 1000  # texts, to see what they are shaped like,
 MOST = 0.9  # and how many of them must be
-DATE = r"^(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}|\d{1,2}/\d{1,2}/\d\d)([T ]\d{1,2}:\d\d|$)"
+_YEAR, _MONTH, _DAY = r"(19|20)\d\d", r"(0?[1-9]|1[0-2])", r"(0?[1-9]|[12]\d|3[01])"
+_DAYS_FIRST = rf"({_DAY}[-/.]{_MONTH}|{_MONTH}[-/.]{_DAY})[-/.]{_YEAR}|({_DAY}/{_MONTH}|{_MONTH}/{_DAY})/\d\d"
+DATE = rf"^({_YEAR}[-/.]{_MONTH}[-/.]{_DAY}|{_DAYS_FIRST})([T ]\d{{1,2}}:\d\d|$)"
 ISO_DATE = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d|$)"
 NUMBER = r"^[-+]?\s*[$€£¥₹]?\s*[-+]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?\s*[$€£¥₹%]?$"
+DECIMAL_COMMA = r"^[-+]?\d+,\d{1,2}$"
 SEPARATORS = ("|", ";", ",")
 
 ID = re.compile(r"(^|_)(ids?|uuid|key|code|hash|sku|asin|zip)$|Id$|ID$")
@@ -51,7 +54,7 @@ class Guess:
 def guess(column: Column, name: str) -> Guess:
     """The feature called `name` that a column could be; of text that holds something else, how to write it better."""
     found = _guess(column, name)
-    better = _written_better(column) if column.holds == "string" and len(column.known) else None
+    better = _written_better(column) if column.holds == "string" and column.distinct > 1 else None
     return replace(found, why=f"{found.why}; {better}") if better else found
 
 
@@ -125,26 +128,30 @@ def ids_of(column: Column) -> tuple[dict[str, Any], str]:
     seen = f"{column.distinct:,} ids"
     if column.share < 1 and d != column.distinct:
         seen = f"about {_two_digits(d):,} ids, {column.distinct:,} of them in the sample"
-    low, high = column.low, column.high
-    if column.holds == "integer" and low is not None and low >= 0 and high < min(max(SPARSE * d, SMALL), MOST_ROWS):
+    low, high, dense = column.low, column.high, max(SPARSE * d, SMALL)
+    if column.holds == "integer" and low is not None and low >= 0 and high < min(dense, MOST_ROWS):
         rows = roomy(1.25 * (high + 1))
         return {"rows": rows, "dim": width(d), "out_of_range": "oov"}, f"{seen}, {low:,} to {high:,}; later ones share the row oov"
     many = d > FEW
     rows = roomy((2 if many else 10) * d)
-    why = f"{seen}, {_span(column)}hashed to {'two' if many else 'one'} of {min(rows, MOST_ROWS):,} rows{' each' if many else ''}"
-    if low is not None and low > 0 and high - low < max(SPARSE * d, SMALL):
+    why = f"{seen}, {_span(column, dense)}hashed to {'two' if many else 'one'} of {min(rows, MOST_ROWS):,} rows{' each' if many else ''}"
+    if low is not None and low > 0 and high - low < min(dense, MOST_ROWS):
         why += f"; subtract {low:,} from them, and each has a row of its own"
     if rows > MOST_ROWS:
         rows, why = MOST_ROWS, f"{why}; raise rows where there is memory"
     return {"rows": rows, "dim": width(d), "out_of_range": "hash", **({"hashes": 2} if many else {})}, why
 
 
-def _span(column: Column) -> str:
-    """What ids are, and why a row for every number up to the largest will not do."""
+def _span(column: Column, dense: int) -> str:
+    """What ids are, and why a row for every number up to the largest will not do. `dense`: below it most numbers may be ids."""
     if column.holds == "string" or column.low is None:
         return "strings, " if column.holds == "string" else ""
-    wasted = "no table has rows below 0" if column.low < 0 else f"of {column.high + 1:,} rows most would never be read"
-    return f"{column.low:,} to {column.high:,}: {wasted}, so they are "
+    why = f"of {column.high + 1:,} rows most would never be read"
+    if column.low < 0:
+        why = "no table has rows below 0"
+    elif column.high < dense:
+        why = f"{column.high + 1:,} rows are many for a first config"
+    return f"{column.low:,} to {column.high:,}: {why}, so they are "
 
 
 def width(ids: int) -> int:
@@ -230,22 +237,31 @@ def _share(column: Column, regex: str) -> float:
 
 def _written_better(column: Column) -> str | None:
     """What texts that are numbers or lists should be written as."""
-    if _share(column, NUMBER) >= MOST and (signs := _share(column, r"[$€£¥₹%,]")):
-        example = next(v for v in column.known[:LOOKED_AT].to_pylist() if re.search(r"[$€£¥₹%,]", v))
-        plain = re.sub(r"[^\d.+-]", "", example)
-        return f"{_percent(signs)} look like numbers with signs or commas, such as {example!r:.40}: write plain numbers, {plain}"
     texts = column.known[:LOOKED_AT].to_pylist()
+    if _share(column, DECIMAL_COMMA) >= MOST:
+        return f"numbers with a decimal comma, such as {texts[0]!r:.40}: write plain numbers (pandas: read_csv(…, decimal=','))"
+    if _share(column, NUMBER) >= MOST:
+        numbers = [text for text in texts if re.fullmatch(NUMBER, text)]
+        signed = [n for n in numbers if re.search(r"[$€£¥₹%]", n)] or [n for n in numbers if "," in n]
+        if signed and (len(signed) < len(numbers) or not all("," in n for n in signed)):  # 100,110,120 in every row may be three ids
+            plain = re.sub(r"[^\d.+-]", "", signed[0])
+            share = _percent(len(signed) / len(texts))
+            return f"{share} look like numbers with signs or commas, such as {signed[0]!r:.40}: write plain numbers, {plain}"
     for separator in SEPARATORS:
-        lists = [[part.strip() for part in text.split(separator)] for text in texts]
-        share, first = sum(len(parts) > 1 for parts in lists) / len(lists), {parts[0] for parts in lists}
-        later = [part in first for parts in lists for part in parts[1:]]
-        if share > 0.5 and (separator != "," or 2 * sum(later) > len(later)):  # of Paris, France no part is in the other's place
+        lists = [parts for text in texts if len(parts := [part.strip() for part in text.split(separator)]) > 1]
+        if 2 * len(lists) > len(texts) and (separator == "|" or _change_places(lists)):
             example = next(text for text in texts if separator in text)
             return (
-                f"{_percent(share)} look like lists, such as {example!r:.40}: write lists to Parquet (pandas: .str.split({separator!r})), "
-                "and each part is an id"
+                f"{_percent(len(lists) / len(texts))} look like lists, such as {example!r:.40}: write lists to Parquet "
+                f"(pandas: .str.split({separator!r})), and each part is an id"
             )
     return None
+
+
+def _change_places(lists: list[list[str]]) -> bool:
+    """Whether parts come first here and later there: of "Paris, France" neither is in the other's place."""
+    first, later = {parts[0] for parts in lists}, [part for parts in lists for part in parts[1:]]
+    return 2 * sum(part in first for part in later) > len(later)
 
 
 def round_to(x: float, digits: int) -> float:
