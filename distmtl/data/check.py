@@ -92,7 +92,7 @@ def _mistakes_to_score(
     kept: Iterable[str] = (),
 ) -> list[str]:
     whole = [f.with_type(pa.int64()) if columns.get(f.name) == "integer" and pa.types.is_floating(f.type) else f for f in schema]
-    return list((_schema_mistakes(pa.schema(whole), collator, path, kinds, kept) | _hashed_otherwise(schema, columns, path)).values())
+    return list((_schema_mistakes(pa.schema(whole), collator, path, kinds, kept) | _held_otherwise(schema, columns, path)).values())
 
 
 def _of_files(dataset: Dataset, look: Callable[[pq.ParquetFile, int, str], list[str]]) -> list[str]:
@@ -152,16 +152,18 @@ def _schema_mistakes(
     return out
 
 
-def _hashed_otherwise(schema: pa.Schema, columns: Mapping[str, Kind], path: str) -> dict[str, str]:
-    """Columns of strings that were none in training, or the other way round: a string's hash would stand for another row of the table."""
+def _held_otherwise(schema: pa.Schema, columns: Mapping[str, Kind], path: str) -> dict[str, str]:
+    """Columns of strings that were none in training, of lists that were none, or the other way round: a string's hash, or that of "a|b"
+    for [a, b], would stand for another row of the table."""
     out = {}
     for name, then in columns.items():
         kind = schema.field(name).type if schema.names.count(name) == 1 else pa.null()
         known = is_string(_inner(_plain(kind))) or _is_number(_inner(_plain(kind)))  # of other types a feature's needs say more
-        if known and (now := kind_of(kind)).endswith("string") != then.endswith("string"):
+        now = kind_of(kind) if known else then
+        if (now.startswith(OF), now.endswith("string")) != (then.startswith(OF), then.endswith("string")):
+            words = [f"{'lists of ' * k.startswith(OF)}{k.removeprefix(OF)}s" for k in (now, then)]
             out[name] = (
-                f"column {name!r} in {path} holds {now.removeprefix(OF)}s, but the model was trained on {then.removeprefix(OF)}s in it; "
-                "write it as it was then"
+                f"column {name!r} in {path} holds {words[0]}, but the model was trained on {words[1]} in it; write it as it was then"
             )
     return out
 

@@ -45,6 +45,7 @@ NUMBER = "row"
 PART_ROWS = 262_144  # of a part at most, unless a single row group has more
 BLOCK_ROWS = 16_384  # scored at once
 REASONS = 3  # that an error names
+REPLACED = "replaced_ids"  # how many, in the metadata of a part's file
 SAY_EVERY_S = 1.0
 
 
@@ -67,10 +68,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a part: how many rows could not be scored, and why the first of them."""
+    """Of a part: how many rows could not be scored, and why the first of them; ids outside their tables, which the policy replaced."""
 
     rejected: int
     reasons: tuple[str, ...]
+    replaced_ids: int
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def predict(job: Job, score: Score, say: Say = print) -> dict[str, Any]:
         score: yields parts as they are written, in any order, such as `in_this_process`.
 
     Returns:
-        rows, scored, rejected (of the whole data set), files, seconds, rows_per_second (of this call), export (its digest).
+        rows, scored, rejected, replaced_ids (of the whole data set), files, seconds, rows_per_second (of this call), export (its digest).
 
     Raises:
         DistmtlError: more than `max_rejected` of the rows cannot be scored, or a file cannot be read. What is written stays.
@@ -184,7 +186,7 @@ def predict(job: Job, score: Score, say: Say = print) -> dict[str, Any]:
     (folder / REJECTED).mkdir(parents=True, exist_ok=True)
     there = sizes(folder)
     waiting = [part for part in job.parts if part.name not in there]
-    rejected, reasons = _rejected_before(job, [part for part in job.parts if part.name in there])
+    rejected, reasons, replaced = _so_far(job, [part for part in job.parts if part.name in there])
     job.refuse_beyond_limit(rejected, reasons)
     before = total - sum(part.rows for part in waiting)
     say(f"{total:,} rows in {len(job.parts)} parts, {len(job.parts) - len(waiting)} of them done, to {folder}")
@@ -192,11 +194,13 @@ def predict(job: Job, score: Score, say: Say = print) -> dict[str, Any]:
     with closing(score(job, waiting)) as outcomes:
         for part, outcome in outcomes:
             done, rejected, reasons = done + part.rows, rejected + outcome.rejected, [*reasons, *outcome.reasons][:REASONS]
+            replaced += outcome.replaced_ids
             job.refuse_beyond_limit(rejected, reasons)
             now = time.monotonic()
             if now - said > SAY_EVERY_S or done == total:
                 said, speed = now, (done - before) / (now - began)
-                say(f"[{done:,}/{total:,}] {rejected:,} rejected  {speed:,.0f} rows/s  ETA {duration((total - done) / speed)}")
+                ids = f", {replaced:,} ids replaced" if replaced else ""
+                say(f"[{done:,}/{total:,}] {rejected:,} rejected{ids}  {speed:,.0f} rows/s  ETA {duration((total - done) / speed)}")
     there = sizes(folder)
     if missing := [part.name for part in job.parts if part.name not in there]:
         raise DistmtlError(f"{len(missing)} parts are not in {folder}, though workers wrote them; give an --out that every node sees")
@@ -208,6 +212,7 @@ def predict(job: Job, score: Score, say: Say = print) -> dict[str, Any]:
         "rows": total,
         "scored": total - rejected,
         "rejected": rejected,
+        "replaced_ids": replaced,
         "files": len(job.parts),
         "seconds": round(seconds, 3),
         "rows_per_second": round((total - before) / seconds, 1),
@@ -215,17 +220,19 @@ def predict(job: Job, score: Score, say: Say = print) -> dict[str, Any]:
     }
 
 
-def _rejected_before(job: Job, finished: Sequence[Part]) -> tuple[int, list[str]]:
-    """How many rows of finished parts were rejected, and why the first of them."""
-    folder = place(job.out) / REJECTED
+def _so_far(job: Job, finished: Sequence[Part]) -> tuple[int, list[str], int]:
+    """How many rows of finished parts were rejected, and why the first of them; how many ids were replaced."""
+    folder, replaced = place(job.out) / REJECTED, 0
     there, count, reasons = sizes(folder) if folder.exists() else {}, 0, list[str]()  # an object store has no empty folders
     for part in finished:
+        with (place(job.out) / part.name).open("rb") as file:
+            replaced += int((pq.read_metadata(file).metadata or {}).get(REPLACED.encode(), 0))
         if part.name in there:
             with (folder / part.name).open("rb") as file:
                 found = pq.read_table(file, columns=["reason"])["reason"]
             count += len(found)
             reasons += found.slice(0, REASONS - len(reasons)).to_pylist()
-    return count, reasons
+    return count, reasons, replaced
 
 
 def in_this_process(job: Job, parts: Sequence[Part]) -> Generator[tuple[Part, Outcome], None, None]:
@@ -252,7 +259,7 @@ class PartScorer:
         self.job, self.predictor = job, Predictor(job.export, check=False)
         if self.predictor.manifest.digest != job.digest:
             raise DistmtlError(f"export {job.export} has become another one while it scored; begin again in another folder")
-        self.check = self.predictor.checked
+        self.check, self.score = self.predictor.checked, self.predictor.score
         self.config, self.needed = self.predictor.config, self.predictor.schema.names
         self.fields = [
             (t.name, pa.list_(pa.float32(), t.classes) if isinstance(t, MulticlassTask) else pa.float32()) for t in self.config.tasks
@@ -271,9 +278,10 @@ class PartScorer:
             kept = [(name, file.schema_arrow.field(name).type) for name in job.keep]
             schema = pa.schema([(NUMBER, pa.int64()), *kept, *self.fields])
             with pq.ParquetWriter(sink, schema, use_dictionary=list(job.keep)) as writer:
-                offset = 0
+                offset = replaced = 0
                 for table in self._blocks(file, part, path):
-                    bad, predictions = self._score(table, part.within + offset, len(rejected))
+                    bad, predictions, more = self._score(table, part.within + offset, len(rejected))
+                    replaced += more
                     rows = part.row + offset + np.arange(table.num_rows)
                     rejected += ((int(rows[i]), reason) for i, reason in sorted(bad.items()))
                     good = _others(table.num_rows, bad)
@@ -281,6 +289,7 @@ class PartScorer:
                     columns += [_column(predictions[name], kind) for name, kind in self.fields]
                     writer.write_table(pa.Table.from_arrays(columns, schema=schema))
                     offset += table.num_rows
+                writer.add_key_value_metadata({REPLACED: str(replaced)})
             if offset != part.rows:
                 raise DistmtlError(f"{path} has changed while it was scored; begin again in another folder")
             if rejected:  # first: the part's own file says that the part is whole
@@ -289,7 +298,7 @@ class PartScorer:
                     pq.write_table(
                         pa.table({NUMBER: pa.array(numbers, pa.int64()), "file": [path] * len(why), "reason": why}), sink_of_rejected
                     )
-        return Outcome(len(rejected), tuple(reason for _, reason in rejected[:REASONS]))
+        return Outcome(len(rejected), tuple(reason for _, reason in rejected[:REASONS]), replaced)
 
     def _blocks(self, file: pq.ParquetFile, part: Part, path: str) -> Iterator[pa.Table]:
         columns = list(dict.fromkeys([*self.needed, *self.job.keep]))
@@ -300,8 +309,8 @@ class PartScorer:
         except (pa.ArrowException, OSError) as e:
             raise DistmtlError(f"{path} cannot be read: {str(e).splitlines()[0]}") from None
 
-    def _score(self, table: pa.Table, within: int, rejected: int) -> tuple[dict[int, str], dict[str, np.ndarray]]:
-        """Rows that cannot be scored and why, and the predictions of the others.
+    def _score(self, table: pa.Table, within: int, rejected: int) -> tuple[dict[int, str], dict[str, np.ndarray], int]:
+        """Rows that cannot be scored and why; the predictions of the others, and how many ids were replaced.
 
         Args:
             within: number in its file of the table's first row.
@@ -309,14 +318,15 @@ class PartScorer:
         """
         inputs, bad = alike(table.select(self.needed)), dict[int, str]()
         try:
-            predictions = self.predictor(inputs)
+            scored = self.score(inputs)
         except DistmtlError:
             for i, reason in bad_rows(self.check, inputs.append_column(ROW, pa.array(within + np.arange(len(inputs))))):
                 bad[i] = reason
                 self.job.refuse_beyond_limit(rejected + len(bad), list(bad.values())[:REASONS])
             if not bad:
                 raise
-            predictions = self.predictor(_taken(inputs, _others(len(inputs), bad)))
+            scored = self.score(_taken(inputs, _others(len(inputs), bad)))
+        predictions, replaced = scored.predictions, int(scored.replaced.sum())
         good = _others(len(inputs), bad)
         finite = np.ones(len(good), dtype=bool)
         for task, values in predictions.items():
@@ -324,7 +334,7 @@ class PartScorer:
             for i in np.flatnonzero(finite & ~fine).tolist():
                 bad[int(good[i])] = f"task {task!r}: the model predicts {values[i]} at row {within + good[i]}"
             finite &= fine
-        return bad, predictions if finite.all() else {task: values[finite] for task, values in predictions.items()}
+        return bad, predictions if finite.all() else {task: values[finite] for task, values in predictions.items()}, replaced
 
 
 def bad_rows(check: Callable[[pa.Table], object], table: pa.Table, first: int = 0) -> Iterator[tuple[int, str]]:

@@ -34,6 +34,7 @@ from distmtl.model.multitask import MultiTaskModel
 from distmtl.run_directory import find_checkpoint
 from distmtl.serving import batch
 from distmtl.serving.batch import PartScorer, bad_rows, in_this_process, open_job, parts_of, predict
+from distmtl.serving.predictor import Scored
 from distmtl.storage import place
 
 ROWS, FILES = 3001, 3
@@ -53,6 +54,7 @@ def made(tmp_path_factory) -> Path:
         pq.write_table(with_grade(pq.read_table(path)), folder / "data" / path.name, row_group_size=310)
     raw = tiny.raw(folder / "tiny", folder / "run", train={"global_batch_size": 128, "steps": 12, "log_every": 12})
     raw["data"] |= {"train": str(folder / "data"), "validation": None}
+    raw["features"][1]["out_of_range"] = "oov"
     raw["features"][2] = {"kind": "sequence", "name": "tags", "rows": 20, "dim": 8, "max_length": 3}
     raw["tasks"].append({"kind": "multiclass", "name": "mark", "label": "grade", "classes": 4, "tower": [8]})
     train_world(parse_config(raw), 1)
@@ -106,7 +108,8 @@ def test_predictions_are_the_models_in_the_order_of_the_data(made, tmp_path, sma
     manifest = json.loads((made / "export" / "manifest.json").read_text())
     found, given = written(out), pa.concat_tables([pq.read_table(f) for f in sorted((made / "data").iterdir())])
     assert summary | {"seconds": 0, "rows_per_second": 0} == {
-        "rows": ROWS, "scored": ROWS, "rejected": 0, "files": 6, "seconds": 0, "rows_per_second": 0, "export": manifest["digest"],
+        "rows": ROWS, "scored": ROWS, "rejected": 0, "replaced_ids": 0, "files": 6, "seconds": 0, "rows_per_second": 0,
+        "export": manifest["digest"],
     }  # fmt: skip
     assert found.schema.names == ["row", "user", "city", "grade", "click", "conversion", "rating", "mark"]
     assert found["row"].to_pylist() == list(range(ROWS)) and rejected(out) == {}
@@ -177,13 +180,35 @@ def test_bad_rows_go_aside_with_their_reason_and_no_others(made, tmp_path, small
         np.testing.assert_allclose(found[task], good[task].to_numpy()[others], rtol=0, atol=1e-6)
 
 
+def test_ids_outside_their_tables_are_counted(made, tmp_path, small, capsys):
+    """Also those of the parts that were there before."""
+    (tmp_path / "data").mkdir()
+    for path in sorted((made / "data").iterdir()):
+        table = pq.read_table(path)
+        items = [i + 50 if row < 7 and i is not None else i for row, i in enumerate(table["item"].to_pylist())]
+        table = table.set_column(table.schema.names.index("item"), "item", pa.array(items, pa.int64()))
+        pq.write_table(table, tmp_path / "data" / path.name, row_group_size=310)
+    outside = sum(
+        i is not None and i >= 50 for i in pa.concat_tables(map(pq.read_table, (tmp_path / "data").iterdir()))["item"].to_pylist()
+    )
+    for _ in range(2):
+        assert main(command(made, tmp_path / "data", tmp_path / "out")) == 0
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert 0 < summary["replaced_ids"] == outside and summary["rejected"] == 0
+        (tmp_path / "out" / "part-000000.parquet").unlink()
+
+
+def without_the_sixth(scored: Scored) -> Scored:
+    return replace(scored, predictions={t: np.where(np.arange(len(p)) == 5, np.nan, p.T).T for t, p in scored.predictions.items()})
+
+
 def test_a_row_without_a_finite_prediction_goes_aside_too(made, tmp_path, small):
     job = open_job(str(made / "export"), str(made / "data"), str(tmp_path / "out"))
 
     def score(job, parts):
         scorer = PartScorer(job)
-        of = scorer.predictor
-        scorer.predictor = lambda table: {t: np.where(np.arange(len(p)) == 5, np.nan, p.T).T for t, p in of(table).items()}
+        of = scorer.score
+        scorer.score = lambda table: without_the_sixth(of(table))
         yield parts[1], scorer(parts[1])
 
     with pytest.raises(DistmtlError, match=r"5 parts are not in .*/out, though workers wrote them"):  # which would be lost in silence
@@ -226,16 +251,16 @@ import os, signal, sys
 from distmtl.serving import batch
 batch.PART_ROWS, batch.BLOCK_ROWS = 700, 128
 calls = 0
-def until_killed(predictor, table):
+def until_killed(score, table):
     global calls
     calls += 1
     if calls == 13:  # within the third part
         os.kill(os.getpid(), signal.SIGKILL)
-    return predictor(table)
+    return score(table)
 def score(job, parts):
     scorer = batch.PartScorer(job)
-    of = scorer.predictor
-    scorer.predictor = lambda table: until_killed(of, table)
+    of = scorer.score
+    scorer.score = lambda table: until_killed(of, table)
     for part in parts:
         yield part, scorer(part)
 batch.predict(batch.open_job(*sys.argv[1:]), score)
@@ -322,8 +347,12 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_written(made, tmp_p
     pq.write_table(table.drop_columns(["item", "click", "w"]), data / "a.parquet")
     users = pa.array([f"u{u}" for u in table["user"].to_pylist()])
     pq.write_table(table.set_column(table.schema.names.index("user"), "user", users), data / "b.parquet")
+    tags = pa.array(["|".join(map(str, tags or [])) for tags in table["tags"].to_pylist()])
+    table = table.set_column(table.schema.names.index("tags"), "tags", tags)
+    pq.write_table(table, data / "c.parquet")
     err = refused(*command(made, data, out, "--keep", "itme"))
-    assert "4 mistakes" in err and err.count("column 'itme' is missing") == 2
+    assert f"column 'tags' in {data / 'c.parquet'} holds strings, but the model was trained on lists of integers in it" in err
+    assert "6 mistakes" in err and err.count("column 'itme' is missing") == 3
     assert f"column 'item' is missing in {data / 'a.parquet'}" in err
     assert "click" not in err.split("it has")[0] and "'w'" not in err
     assert f"column 'user' in {data / 'b.parquet'} holds strings, but the model was trained on integers in it" in err
