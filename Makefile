@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Conflict warnings are off because one is expected and harmless: "torchrec 1.8.0 requires fbgemm-gpu, which is not installed".
 # fbgemm-gpu is the CUDA build; on a CPU its place is taken by fbgemm-gpu-cpu. `distmtl doctor` checks what matters.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-warn-conflicts --disable-pip-version-check -c constraints.txt
+# By a path, not by setuptools' finder: beside a clone that is itself called distmtl, Python would find that folder first.
+EDITABLE := --config-settings editable_mode=compat -e
 TORCHREC := torchrec==1.8.0
 PYTEST := $(BIN)/python -m pytest
 
@@ -101,7 +103,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing the CPU stack (torch, fbgemm, ray, pyarrow) and distmtl: a few minutes"
-	@$(PIP_INSTALL) -e '.[cpu]'
+	@$(PIP_INSTALL) $(EDITABLE) '.[cpu]'
 	@echo "installing $(TORCHREC) (alone: its metadata asks for the CUDA fbgemm)"
 	@$(PIP_INSTALL) --no-deps $(TORCHREC)
 	@touch $@
@@ -109,10 +111,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the development tools (pytest, ruff, mypy, import-linter)"
-	@$(PIP_INSTALL) -e '.[cpu,dev]'
+	@$(PIP_INSTALL) $(EDITABLE) '.[cpu,dev]'
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-dev
 	@echo "installing what builds and runs the documentation (mkdocs-material, nbclient)"
-	@$(PIP_INSTALL) -e '.[cpu,dev,docs]'
+	@$(PIP_INSTALL) $(EDITABLE) '.[cpu,dev,docs]'
 	@touch $@

@@ -290,7 +290,7 @@ class Training:
             best_step = state.best_step
             best = on_first_rank(process, lambda: checkpoint.of_step(self.folder / "checkpoints", best_step))
             checkpoint.load(best, self.model, self.optimizers)
-            self.progress.say("note", step=state.step, text=f"the best checkpoint, of step {state.best_step}, on all data:")
+            self.progress.say("note", step=state.step, text=f"evaluating the best checkpoint, of step {state.best_step}")
         metrics = {"unseen": state.unseen} if state.unseen else {}
         step = state.best_step or state.step
         calibrations, notes = ({}, []) if self.stopped else self.judge.calibrate(step)

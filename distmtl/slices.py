@@ -31,7 +31,7 @@ from distmtl.distributed.process import Process, gather_texts, on_first_rank
 from distmtl.errors import DistmtlError
 
 TIMES = ":1,5,50"
-MAX_VALUES = 32
+MAX_VALUES = 128
 
 
 @dataclass(frozen=True)

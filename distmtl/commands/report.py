@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from distmtl.commands.arguments import positive, slices
+from distmtl.errors import DistmtlError
 
 HELP = "Write one HTML file with plots of a run, or of several beside each other."
 EXAMPLE = "distmtl report runs/quickstart --slices user_id,item_id"
@@ -27,5 +28,7 @@ def run(a: argparse.Namespace) -> None:
     from distmtl.distributed.process import quieten
     from distmtl.reporting.report import report
 
+    if a.no_model and a.slices:
+        raise DistmtlError("--slices asks the checkpoint, which --no-model leaves alone; take one of them away")
     quieten()
     print(f"report: {report(a.runs, a.out, a.rows, slices(a.slices), model=not a.no_model)}")

@@ -30,12 +30,13 @@ from distmtl.reporting.gates import gated, without_expert
 from distmtl.reporting.gathering import Run
 from distmtl.run_directory import checkpoint_config, config_of, find_checkpoint, partition_folder
 from distmtl.scores import Scored, Scores
-from distmtl.slices import MAX_VALUES, Slices, make_slices
+from distmtl.slices import Slices, make_slices
 from distmtl.storage import place
 
 ROWS = 50_000
 GROUPS = 16  # row groups that the rows are taken from
 REPEATS = 3  # permutations of a feature
+DOMAINS = 32  # up to which a slice is shown of each
 
 Drop = dict[str, float | None]  # task → how much worse its headline metric is, None where it cannot be told
 
@@ -125,7 +126,7 @@ def examine(what: Subject, rows: int = ROWS, slices: Sequence[str] = (), say: Ca
 def with_domain(slices: Sequence[str], config: Config) -> list[str]:
     values = next((f.rows for f in config.embedded if f.name == config.domain), 0)
     named = config.domain in [s.split(":")[0].rstrip("=") for s in slices]
-    return [*slices, *([f"{config.domain}="] if 0 < values <= MAX_VALUES and not named else [])]
+    return [*slices, *([f"{config.domain}="] if 0 < values <= DOMAINS and not named else [])]
 
 
 def spread_rows(dataset: Dataset, columns: list[str], rows: int) -> pa.Table:

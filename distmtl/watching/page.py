@@ -22,7 +22,7 @@ def page(log: RunLog, now: float) -> str:
     state, *where = standing(log)
     out = [f"{log.path}: {state}"]
     if trained:
-        share = min(_step(log, trained[-1]) / trained[-1]["of"], 1.0)
+        share = 1.0 if outcome(log) == "complete" else min(_step(log, trained[-1]) / trained[-1]["of"], 1.0)  # early stopping ends it too
         out += [f"{'█' * round(share * BAR):░<{BAR}} {share:4.0%}   {where[0]}", "", *_tasks(log, trained), "", *where[1:]]
     out += _events(log)
     silent = now - max((r["time"] for r in log.events + log.records[-1:] if "time" in r), default=now)

@@ -146,7 +146,8 @@ def test_the_command_prints_a_line_for_each_slice(folder, sliced, tmp_path, caps
         ("x_bucket", "x_bucket is a bucket feature, sliced by its buckets; write x_bucket="),
     ],
 )
-def test_what_cannot_be_sliced_is_refused(folder, wanted, sentence):
+def test_what_cannot_be_sliced_is_refused(folder, monkeypatch, wanted, sentence):
+    monkeypatch.setattr("distmtl.slices.MAX_VALUES", 32)
     with pytest.raises(DistmtlError, match=sentence):
         evaluate(str(folder / "run"), slices=[wanted])
 
