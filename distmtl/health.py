@@ -161,14 +161,14 @@ class Health:
             if share < due * (FED if (subject := f"expert {e}") in self.standing else STARVED):
                 text = (
                     f"{subject} gets {share:.1%} of the tasks' gates, a fair share is {due:.1%}: it learns next to nothing. Try fewer "
-                    "experts, model.dropout, or model home, whose experts cannot be starved (docs/health.md)"
+                    "experts or model.dropout (docs/health.md)"
                 )
                 found.append(Alarm(subject, text))
         for name, of_task, n in zip(self.names, gates, choices, strict=True):
             if n > 1 and of_task.max() > (SPREAD if (subject := f"gates of {name}") in self.standing else COLLAPSED):
                 text = (
                     f"{subject} have collapsed: expert {of_task.argmax()} gets {of_task.max():.1%} of them, for all rows alike, so the "
-                    "others are of no use to the task. Try a lower learning rate, model.dropout, or model home (docs/health.md)"
+                    "others are of no use to the task. Try a lower learning rate or model.dropout (docs/health.md)"
                 )
                 found.append(Alarm(subject, text))
         new = [alarm for alarm in found if alarm.subject not in self.standing]
