@@ -316,6 +316,12 @@ def test_a_request_that_can_be_pasted(exports, serve, tmp_path, price):
     assert scores["click"]["description"] == "P(click)" and "| click | P(click) |" in service.versions["v0"].card()
 
 
+def test_a_price_that_is_text_does_not_end_the_server(exports, tmp_path):
+    (tmp_path / "fusion.yaml").write_text("fusion: {kind: product, tasks: {click: {}}, price: city}")
+    shown = Settings({"v": str(exports)}, (1.0,), limits=LIMITS, fusion=str(tmp_path / "fusion.yaml")).request("http://localhost:8000")
+    assert '"city": [1, 2]' in shown
+
+
 @pytest.fixture(scope="module")
 def fuzzed(exports):
     service = Service(Settings({"v": str(exports)}, (1.0,), limits=LIMITS))

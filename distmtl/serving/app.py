@@ -85,7 +85,7 @@ class Settings:
         fusion = read_fusion(Path(self.fusion)) if self.fusion else None
         if isinstance(fusion, ProductFusion) and fusion.price and fusion.price not in body["context"]:
             candidates = body["candidates"]
-            if min(candidates.get(fusion.price, [0])) <= 0:
+            if not all(isinstance(v, int | float) and v > 0 for v in candidates.get(fusion.price, [0])):
                 candidates[fusion.price] = [i + 1 for i, _ in enumerate(next(iter(candidates.values())))]
         if len(self.versions) > 1:
             body["version"] = name

@@ -21,7 +21,7 @@ from distmtl.distributed.ranks import run_ranks
 from distmtl.evaluation import evaluate
 from distmtl.exporting.writer import export
 from distmtl.loop import train
-from distmtl.serving.comparison import compare, ways_apart
+from distmtl.serving.comparison import TOLERANCE, compare, ways_apart
 from distmtl.verification.reference import unsharded_run
 from distmtl.verification.runs import STEPS, State, loaded_state, short_run
 
@@ -30,7 +30,6 @@ MAX_BATCH = 2048
 LOSS_TOLERANCE = 1e-5
 WEIGHTING_TOLERANCE = 1e-4
 METRIC_TOLERANCE = 1e-6
-EXPORT_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,8 @@ def _checks(config: Config, workers: int, folder: Path) -> Iterator[Check]:
         apart = [math.inf if a is None or b is None else abs(a - b) for a, b in pairs if (a, b) != (None, None)]
         yield Check("train's metrics = evaluate's", "metrics of the checkpoint", max(apart), METRIC_TOLERANCE)
     of_export, of_ways = run_ranks(_exported, 1, whole, str(folder / "export"))[0]
-    yield Check("checkpoint = export", "predictions of the training code and of Predictor", of_export, EXPORT_TOLERANCE)
-    yield Check("export = predict = serve", "predictions of Arrow rows, Parquet and a JSON request", of_ways, EXPORT_TOLERANCE)
+    yield Check("checkpoint = export", "predictions of the training code and of Predictor", of_export, TOLERANCE)
+    yield Check("export = predict = serve", "predictions of Arrow rows, Parquet and a JSON request", of_ways, TOLERANCE)
 
 
 def _exported(config: Config, folder: str) -> tuple[float, float]:
