@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from distmtl.config_file import parse_config
 from distmtl.distributed import matmul
 from distmtl.model.head import Head
-from distmtl.model.kernels import Run, linear_relu, mix, side_by_side
+from distmtl.model.kernels import Late, Run, linear_relu, mix, side_by_side
 from distmtl.model.layout import Features, Layout
 from distmtl.model.multitask import initialise_dense
 
@@ -32,6 +32,41 @@ def test_linear_relu(reads):
     assert gradcheck(layers, (weight, bias, *inputs))
     for e, out in enumerate(layers(weight, bias, *inputs)):
         torch.testing.assert_close(out, F.relu(F.linear(inputs[reads[e]], weight[e], bias[e])))
+
+
+class Passed(torch.autograd.Function):
+    """Notes when a gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x, log, name):
+        ctx.log, ctx.name = log, name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.log.append(ctx.name)
+        return gradient, None, None
+
+
+def test_a_late_weight_gets_the_same_gradient_after_what_was_called_later():
+    leaf, weight, bias, log = normal(B, 5), normal(3, 4, 5), normal(3, 4), []
+    weight.register_post_accumulate_grad_hook(lambda _: log.append("weight"))
+
+    def loss(late):
+        sent = Passed.apply(leaf, log, "sent")
+        late = Late(weight) if late else None
+        return sum((out**2).sum() for out in linear_relu([Passed.apply(sent, log, "awaited")] * 3, weight, bias, late))
+
+    found = []
+    for late in (False, True):
+        leaf.grad = weight.grad = bias.grad = None
+        loss(late).backward()
+        found.append((weight.grad, bias.grad, leaf.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert log == ["weight", "awaited", "sent", "awaited", "weight", "sent"]
+    (of_leaf,) = torch.autograd.grad(loss(True), leaf)  # nobody asks for the weight's
+    torch.testing.assert_close(of_leaf, leaf.grad, rtol=0, atol=0)
 
 
 def test_mix():

@@ -73,6 +73,8 @@ class ShardingConfig(Strict):
         1.0, description="Smaller tables are never row-wise: their ids would cost more messages than the memory they spread."
     )
     init_scale: PositiveFloat = Field(0.05, description="Initial table weights are uniform in ±init_scale.")
-    exchange: Precision = Field(
-        "fp32", description="In which pooled vectors and their gradients travel between workers: bf16 halves the bytes, and costs rounding."
+    exchange: Precision | None = Field(
+        None,
+        description="In which pooled vectors and their gradients travel between workers; default: `train.precision`, in which the head "
+        "reads them. bf16 halves the bytes, and rounds what an fp32 head would read exactly.",
     )

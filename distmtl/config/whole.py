@@ -8,7 +8,7 @@ from typing import get_args
 
 from pydantic import Field, model_validator
 
-from distmtl.config.base import Name, Strict, did_you_mean
+from distmtl.config.base import Name, Precision, Strict, did_you_mean
 from distmtl.config.features import (
     RESERVED,
     BucketFeature,
@@ -115,6 +115,11 @@ class Config(Strict):
     @property
     def run_dir(self) -> str:
         return self.run.dir or f"runs/{self.name}"
+
+    @property
+    def exchange(self) -> Precision:
+        """In which pooled vectors and their gradients travel between workers."""
+        return self.sharding.exchange or self.train.precision
 
     def place_of(self, name: str) -> int:
         """Place of a task among the tasks."""

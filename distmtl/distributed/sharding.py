@@ -18,11 +18,11 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding, BaseBatchedEmbeddingBag
 from torchrec.distributed.comm_ops import set_gradient_division
-from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from distmtl.config import AdagradTable, AdamTable, Config, RowWiseAdagradTable, SgdTable
+from distmtl.distributed.exchange import codecs
 from distmtl.distributed.plan import PlannedTable, describe
 from distmtl.distributed.planner import make_plan, sharders
 from distmtl.distributed.process import Process
@@ -30,14 +30,6 @@ from distmtl.errors import DistmtlError
 
 INIT_ROWS = 65_536  # rows initialised from one seed
 UNCHECKED = {"bounds_check_mode": BoundsCheckMode.NONE}  # the reader lets no id out of its table pass; FBGEMM would set it to 0
-
-
-def codecs(config: Config, process: Process) -> dict[str, Any] | None:
-    """How pooled vectors and their gradients are packed for the way to another rank."""
-    if process.world_size == 1 or config.sharding.exchange == "fp32":
-        return None
-    bf16 = QCommsConfig(forward_precision=CommType.BF16, backward_precision=CommType.BF16)
-    return get_qcomm_codecs_registry(bf16, device=torch.device("cuda"))  # which on "cpu" would make it float16, too narrow for gradients
 
 
 def attach_table_optimizers(tables: nn.Module, config: Config, device: torch.device) -> None:
@@ -89,7 +81,7 @@ def shard(model: nn.Module, config: Config, process: Process) -> tuple[Distribut
             env=ShardingEnv.from_process_group(dist.group.WORLD),
             device=process.device,
             plan=plan,
-            sharders=sharders(UNCHECKED, codecs(config, process)),
+            sharders=sharders(UNCHECKED, codecs(config, process.world_size)),
             init_data_parallel=False,
         )
     missing = {t.table for t in planned if any(rank == process.rank for rank, *_ in t.shards)} - {

@@ -97,7 +97,7 @@ class FeatureVector(nn.Module):
         self.divided: Tensor
         self.dense = DenseColumns(config)
         self.guard = Guard()
-        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None  # that of the dense features
 
     def forward(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distmtl.model.kernels import linear_relu
+from distmtl.model.kernels import Late, linear_relu
 
 
 class Experts(nn.Module):
@@ -26,6 +26,7 @@ class Experts(nn.Module):
         sizes = list(zip((width, *layers), layers, strict=False))
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_experts, out, into)) for into, out in sizes)
         self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, out)) for _, out in sizes)
+        self.late: Late | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -34,10 +35,15 @@ class Experts(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
             nn.init.zeros_(bias)
 
+    def postpone(self) -> None:
+        """In the next forward the first layer's weight is one whose gradient is found late (kernels.Late)."""
+        self.late = Late(self.weights[0])
+
     def forward(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
         hs = [x] * self.weights[0].shape[0] if isinstance(x, Tensor) else x
+        late, self.late = self.late, None
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            hs = linear_relu(hs, weight, bias)
+            hs, late = linear_relu(hs, weight, bias, late), None
             if self.dropout:
                 hs = [F.dropout(h, self.dropout, self.training) for h in hs]
         return list(hs)

@@ -29,7 +29,7 @@ from distmtl.config import (
 from distmtl.errors import DistmtlError
 from distmtl.model.aitm import AITM
 from distmtl.model.dbmtl import DBMTL
-from distmtl.model.experts import Output, Tower
+from distmtl.model.experts import Experts, Output, Tower
 from distmtl.model.home import HoME
 from distmtl.model.interaction import interaction
 from distmtl.model.kinds import output_layer
@@ -64,10 +64,16 @@ class Head(nn.Module):
         self.mixture: Cut | None = getattr(self.sharing, "cut", None)  # that has the gates of the last training step, if there are any
         width, dropout = self.sharing.output_width, getattr(config.network, "dropout", 0.0)
         self.towers = nn.ModuleList(Tower(width, t.tower, output_layer(t, width_of(t, width)), dropout) for t in config.tasks)
+        self.postponed = [m for m in self.sharing.modules() if isinstance(m, Experts)]
         self.imputed = imputed(config)
         self.imputation = nn.ModuleList(
             Tower(width, t.tower, Output(width_of(t, width)), dropout) for t in (config.tasks[i] for i in self.imputed)
         )
+
+    def postpone(self) -> None:
+        """To be called when a batch's lookups are under way to other ranks, before they are waited for (kernels.Late)."""
+        for experts in self.postponed:
+            experts.postpone()
 
     def forward(self, features: Features) -> Tensor:
         with torch.autocast(features.x.device.type, torch.bfloat16, enabled=self.bf16):

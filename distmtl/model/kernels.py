@@ -5,7 +5,7 @@ They run on every device; on CPU linear and ReLU are one oneDNN kernel. Under au
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,15 +18,29 @@ from torch.nn import functional as F
 UNREAD = [0.0]  # relu has no parameters, but torch.export cannot write an empty list of them
 
 
-def linear_relu(xs: Sequence[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
+class Late:
+    """A weight whose gradient is found late in backward: when nothing is left to do of what was called after this was made.
+
+    Of the nodes that are ready autograd runs the one that was made last. Made when a batch's lookups are under way to other ranks, before
+    they are waited for, this one's turn is when the vectors' gradients are under way back: the products of a weight's gradient hide
+    them, and one that is found at once would have delayed them.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.work: list[Callable[[], Tensor]] = []
+        self.token = _Late.apply(self.work, weight)
+
+
+def linear_relu(xs: Sequence[Tensor], weight: Tensor, bias: Tensor, late: Late | None = None) -> list[Tensor]:
     """ReLU(xₑ·Wₑᵀ + bₑ) of E layers of one shape; the same tensor given several times is one input.
 
     xs: E tensors (B, in); weight (E, out, in), bias (E, out) → E tensors (B, out)
     """
     inputs = {id(x): x for x in xs}
     place = {key: i for i, key in enumerate(inputs)}
-    weight, bias, *given = _cast(weight, bias, *inputs.values())
-    return list(_LinearReLU.apply(tuple(place[id(x)] for x in xs), weight, bias, *given))
+    weight, bias, *given = _cast(weight.detach() if late else weight, bias, *inputs.values())
+    reads = tuple(place[id(x)] for x in xs)
+    return list(_LinearReLU.apply(reads, late and late.work, late.token if late else weight, weight, bias, *given))
 
 
 def mix(gates: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
@@ -50,11 +64,11 @@ def side_by_side(
     pooled: Tensor, blocks: Sequence[Sequence[Run]], scales: Tensor | None, dense: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
     """For every block its runs of columns of `pooled`, then `dense`; cast on the way. Every column of `pooled` is in one run.
-    `dense` gets a gradient where it is no data.
+    `dense` gets a gradient where it is no data. dtype: that of `dense` unless given.
 
     pooled (B, D), scales (S, B), dense (B, N) → as many (B, width of the block's runs + N)
     """
-    return _SideBySide.apply(pooled, tuple(map(tuple, blocks)), scales, dense, dtype or pooled.dtype)
+    return _SideBySide.apply(pooled, tuple(map(tuple, blocks)), scales, dense, dtype or dense.dtype)
 
 
 def with_dots(x: Tensor, features: int, dim: int) -> Tensor:
@@ -110,12 +124,15 @@ def _runs(node: Any) -> bool:
 
 
 class _LinearReLU(torch.autograd.Function):
-    """Arguments: for every layer the number of its input, weight, bias, the distinct inputs."""
+    """Arguments: for every layer the number of its input; where to leave the work of the weight's gradient, or None; the weight itself,
+    or what stands for it (Late); weight, bias, the distinct inputs."""
 
     @staticmethod
-    def forward(ctx: Any, reads: tuple[int, ...], weight: Tensor, bias: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, reads: tuple[int, ...], late: list[Callable[[], Tensor]] | None, _: Tensor, weight: Tensor, bias: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         outputs = [_relu_of_linear(inputs[i], weight[e], bias[e]) for e, i in enumerate(reads)]
-        ctx.reads = reads
+        ctx.reads, ctx.late = reads, late
         ctx.save_for_backward(weight, *inputs, *outputs)
         return tuple(outputs)
 
@@ -125,11 +142,13 @@ class _LinearReLU(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         inputs, outputs = saved[: -len(ctx.reads)], saved[-len(ctx.reads) :]
         of_inputs: list[Tensor | None] = [None] * len(inputs)
-        needs_weight, needs_bias, *needs = _wanted(ctx)
-        of_weight = torch.empty_like(weight) if needs_weight else None
+        needs_weight, _, needs_bias, *needs = _wanted(ctx)
         of_bias = weight.new_empty(weight.shape[:2]) if needs_bias else None
+        of_weight = torch.empty_like(weight) if needs_weight and ctx.late is None else None
+        layers: list[tuple[Tensor, Tensor]] = []
         for e, (i, gradient, output) in enumerate(zip(ctx.reads, gradients, outputs, strict=True)):
             g = _relu_backward(gradient, output)
+            layers.append((g, inputs[i]))
             if of_weight is not None:
                 torch.mm(g.T, inputs[i], out=of_weight[e])
             if of_bias is not None:
@@ -137,7 +156,23 @@ class _LinearReLU(torch.autograd.Function):
             if needs[i]:
                 so_far = of_inputs[i]
                 of_inputs[i] = g @ weight[e] if so_far is None else so_far.addmm_(g, weight[e])
-        return None, of_weight, of_bias, *of_inputs
+        if needs_weight and ctx.late is not None:
+            ctx.late.append(lambda: torch.stack([g.T @ x for g, x in layers]))
+        return None, None, of_weight, None, of_bias, *of_inputs
+
+
+class _Late(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, work: list[Callable[[], Tensor]], weight: Tensor) -> Tensor:
+        ctx.work, ctx.dtype = work, weight.dtype
+        return weight.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        found = [find().to(ctx.dtype) for find in ctx.work]
+        ctx.work.clear()
+        return None, sum(found[1:], found[0])
 
 
 class _SideBySide(torch.autograd.Function):

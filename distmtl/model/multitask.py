@@ -30,8 +30,9 @@ class MultiTaskModel(nn.Module):
         self.head = Head(config, Layout.of(config)).to(device)
 
     def forward(self, batch: Batch) -> Tensor:
-        pooled = self.embeddings(batch.sparse)
-        sequences = self.pooling([tables(batch.sparse) for tables in self.sequences.values()])
+        pooled, rows = self.embeddings(batch.sparse), [tables(batch.sparse) for tables in self.sequences.values()]  # not waited for
+        self.head.postpone()
+        sequences = self.pooling(rows)
         return self.head(self.features(pooled, sequences, batch.sparse, batch.dense, batch.domain, batch.weights))
 
 

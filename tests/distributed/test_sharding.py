@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from worlds import run_world
 
 from distmtl.config import Config
 from distmtl.config_file import parse_config
+from distmtl.data.splits import open_splits
+from distmtl.distributed.process import process_group
 from distmtl.errors import DistmtlError
+from distmtl.loop import Training
+from distmtl.progress import Progress
 from distmtl.verification.reference import unsharded_run
 from distmtl.verification.runs import State, short_run
 
@@ -61,6 +66,44 @@ def test_vectors_that_travel_in_bf16_differ_by_their_rounding(tiny_data, tmp_pat
     assert 0 < (a.losses - b.losses).abs().max() < 1e-3
     for name, weight in a.after.items():
         assert (weight - b.after[name]).abs().max() < 1e-2 * weight.abs().max(), name
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "column_wise"])
+def test_a_bf16_head_reads_the_same_vectors_however_they_travel(tiny_data, tmp_path, sharding):
+    config = config_for(tiny_data, tmp_path / "run", sharding, "sgd")
+    sums = [f.model_copy(update={"pooling": "sum"}) if hasattr(f, "pooling") else f for f in config.features]  # a mean is rounded once more
+    config = config.model_copy(update={"features": tuple(sums), "train": config.train.model_copy(update={"precision": "bf16"})})
+    exchanges = [config.sharding.model_copy(update={"exchange": exchange}) for exchange in ("fp32", None)]
+    runs = [run_world(short_run, 2, config.model_copy(update={"sharding": sharding}))[0] for sharding in exchanges]
+    assert torch.equal(runs[0].losses, runs[1].losses)
+    for name, weight in runs[0].after.items():
+        assert torch.equal(weight, runs[1].after[name]), name
+
+
+def order_of_backward(config: Config) -> list[str]:
+    """What a step sends, and when the weights that read the vectors get their gradient."""
+    log: list[str] = []
+    send = dist.all_to_all_single
+
+    def noted(output, input, *args, **kwargs):  # as torch calls it
+        if input.is_floating_point():
+            log.append("sent")
+        return send(output, input, *args, **kwargs)
+
+    with process_group(config) as process:
+        training = Training(config, process, open_splits(config), Progress(None, False, print))
+        training.train_model.model.head.sharing.experts.weights[0].register_post_accumulate_grad_hook(lambda _: log.append("weight"))
+        batches = list(training.reader.batches(0, 1))
+        dist.all_to_all_single = noted
+        training.model.train()
+        training.pipeline.progress(iter(batches))
+    return log
+
+
+def test_vectors_gradients_travel_while_weight_gradients_are_found(tiny_data, tmp_path):
+    config = config_for(tiny_data, tmp_path, "table_wise", "sgd")
+    vectors, gradients = "sent", "sent"
+    assert run_world(order_of_backward, 2, config)[0] == [vectors, gradients, "weight"]
 
 
 def initial(config: Config) -> State:
