@@ -19,7 +19,7 @@ from distmtl.config import BinaryTask, CalibrationConfig, Config, FakeNegativeWe
 from distmtl.data.check import check_dataset
 from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset, open_dataset
-from distmtl.data.reader import every_row
+from distmtl.data.reader import decoding_threads, every_row
 from distmtl.data.splits import SPLITS
 from distmtl.distributed.process import Process, gather_arrays, gather_texts, on_any_rank, on_first_rank, process_group
 from distmtl.distributed.sharding import shard
@@ -184,7 +184,7 @@ def _run(
     Raises:
         DistmtlError: a row that cannot be read, on whatever rank.
     """
-    reader = every_row(dataset, collate, config, process.rank, process.world_size)
+    reader = every_row(dataset, collate, config, process.rank, process.world_size, decoding_threads(config, process.device))
     error = None
     was_training = model.training
     model.eval()

@@ -20,7 +20,7 @@ from distmtl.data.collate import Collator
 from distmtl.data.dataset import Dataset
 from distmtl.data.hashing import HASH_VERSION
 from distmtl.data.output import SPLITS
-from distmtl.data.reader import Reader
+from distmtl.data.reader import Reader, decoding_threads
 from distmtl.data.schema import kinds_of, served_columns
 from distmtl.data.splits import open_splits
 from distmtl.distributed.matmul import fastest_fp32
@@ -509,6 +509,7 @@ def train_reader(config: Config, dataset: Dataset, process: Process) -> Reader:
         rank=process.rank,
         world_size=process.world_size,
         prefetch=config.data.prefetch,
+        threads=decoding_threads(config, process.device),
         pin=process.device.type == "cuda",
     )
 

@@ -26,7 +26,7 @@ IN_CHAIN = re.compile(r"\d{6,}-(.+)")  # the name of one of these
 # What may change between the start of a run and its continuation: how it is run, not what it computes.
 FREE = (
     "name", "run.dir", "cluster.*", "tracking*", "evaluation.*", "data.train", "data.validation", "data.test", "data.prefetch",
-    "data.max_contradictions", "tasks.*.true_probability*", "tasks.*.calibration*",
+    "data.threads", "data.max_contradictions", "tasks.*.true_probability*", "tasks.*.calibration*",
     "train.log_every", "train.eval_every", "train.save_*", "train.keep", "train.monitor",
     "train.early_stopping*", "train.profile*", "train.non_finite*", "sharding.types", "sharding.row_wise_above_mb", "tables.*.sharding",
 )  # fmt: skip

@@ -26,7 +26,7 @@ from distmtl.config import BucketFeature, Config, IdFeature, MMoEConfig
 from distmtl.config.base import did_you_mean
 from distmtl.data.collate import Collator, is_list
 from distmtl.data.dataset import Dataset, open_dataset
-from distmtl.data.reader import every_row
+from distmtl.data.reader import decoding_threads, every_row
 from distmtl.distributed.process import Process, gather_texts, on_first_rank
 from distmtl.errors import DistmtlError
 
@@ -127,7 +127,9 @@ def _times_seen(feature: IdFeature, config: Config, process: Process, most: int)
     dataset = on_first_rank(process, lambda: _training_split(feature, config))
     data = config.data.model_copy(update={"group": None, "weight": None})
     alone = config.model_copy(update={"features": (feature,), "tasks": (), "data": data, "model": MMoEConfig()})
-    reader = every_row(dataset, Collator(alone, locate=dataset.locate), alone, process.rank, process.world_size)
+    reader = every_row(
+        dataset, Collator(alone, locate=dataset.locate), alone, process.rank, process.world_size, decoding_threads(config, process.device)
+    )
     counts, error = torch.zeros(feature.table_rows, dtype=torch.int32), None
     for batch in reader.batches(0, reader.steps_per_epoch):
         rows, times = batch.sparse.values().unique(return_counts=True)

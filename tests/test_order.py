@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from distmtl.data.collate import Collator
 from distmtl.data.dataset import open_dataset
@@ -10,10 +11,10 @@ from distmtl.data.order import EpochOrder, streams_of
 from distmtl.data.reader import Reader
 
 
-def reader(data, rank=0, world=1, seed=3, batch=128, streams=8, window=64):
+def reader(data, rank=0, world=1, seed=3, batch=128, streams=8, window=64, threads=1):
     config = tiny.config(data, data / "unused")
     dataset = open_dataset(config.data.train)
-    return Reader(dataset, Collator(config, locate=dataset.locate), batch, streams, window, seed, rank, world, prefetch=2)
+    return Reader(dataset, Collator(config, locate=dataset.locate), batch, streams, window, seed, rank, world, 2, threads)
 
 
 def rows_by_step(data, world, first, last, **kw):
@@ -47,6 +48,16 @@ def test_any_position_can_be_the_first(tiny_data):
     for first in (1, 7, steps - 1, steps, steps + 3):
         tail = rows_by_step(tiny_data, 3, first, steps + 5)
         assert all(np.array_equal(whole[s], tail[s]) for s in range(first, steps + 5))
+
+
+@pytest.mark.parametrize("threads", [3, 20])
+def test_threads_read_the_same_batches(tiny_data, threads):
+    one, many = (list(reader(tiny_data, 1, 2, threads=t).batches(5, 40)) for t in (1, threads))
+    for a, b in zip(one, many, strict=True):
+        assert torch.equal(a.sparse.values(), b.sparse.values()) and torch.equal(a.sparse.lengths(), b.sparse.lengths())
+        for name in ("dense", "labels", "weights", "rows", "groups"):
+            assert torch.equal(getattr(a, name).nan_to_num(), getattr(b, name).nan_to_num()), name
+        assert (a.step, a.replaced_ids, a.error) == (b.step, b.replaced_ids, b.error)
 
 
 def test_all_ranks_have_equal_batches_and_padding_weighs_nothing(tiny_data):

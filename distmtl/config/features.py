@@ -26,6 +26,11 @@ class DataConfig(Strict):
     shuffle: bool = Field(True, description="Shuffle row groups and rows within windows, anew every epoch.")
     shuffle_window: PositiveInt = Field(8192, description="Rows of a stream that are permuted together.")
     prefetch: PositiveInt = Field(2, description="Batches decoded ahead in the background.")
+    threads: PositiveInt | None = Field(
+        None,
+        description="Threads that decode for one worker; default: 1 where it trains on CPU, on CUDA its share of the machine's cores less "
+        "two, at most 8.",
+    )
 
 
 # TorchRec keeps tables in an nn.ModuleDict, whose own attributes cannot be keys; a feature of such a name reads NAME_table.

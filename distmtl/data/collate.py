@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from distmtl.data.rows import Bag, Rows
 from distmtl.errors import DistmtlError
 
 ROW = "__row__"  # the reader adds a row's number in the data set under this name
+Each = Callable[..., Iterator[Any]]  # as `map`: results in order, the first exception of them raised
 
 
 class Collator:
@@ -69,8 +70,8 @@ class Collator:
         targets = [t.column for t in config.tasks] + [config.data.group, config.data.weight, *self.oracles] if labelled else []
         self.columns = list(dict.fromkeys(c for c in [*(f.source for f in config.features), *targets, *self.extras] if c))
 
-    def __call__(self, table: pa.Table, order: np.ndarray | None = None, epoch: int = 0) -> Rows:
-        """The table's rows, permuted, as an epoch trains them.
+    def __call__(self, table: pa.Table, order: np.ndarray | None = None, epoch: int = 0, each: Each = map) -> Rows:
+        """The table's rows, permuted, as an epoch trains them; the columns of features by `each`.
 
         Raises:
             DistmtlError: a value that must not be trained, with its column and place.
@@ -92,15 +93,21 @@ class Collator:
                 out[:] = permuted(values)
 
         bags: dict[int, Bag] = {}
-        single, replaced = np.empty((len(self.keys), n), dtype=np.int64), np.zeros(n, dtype=np.int64)
-        for f, feature in enumerate(self.config.embedded):
+        single = np.empty((len(self.keys), n), dtype=np.int64)
+
+        def put_ids(f: int) -> np.ndarray | None:
+            feature = self.config.embedded[f]
             ids, lengths, outside = self._ids(column(feature.source), feature, at)
             if self.training and isinstance(feature, Ids) and feature.id_dropout:
                 ids = kept_ids(ids, lengths, numbers, feature, (self.config.run.seed, epoch))
             if lengths is None:
-                put(ids, single[f - len(bags)])
+                put(ids, single[f])
             else:
                 bags[f] = Bag.of(ids, lengths, order)
+            return outside
+
+        replaced = np.zeros(n, dtype=np.int64)
+        for outside in each(put_ids, range(len(self.keys))):
             if outside is not None:
                 replaced += permuted(outside)
         dense, start = np.empty((n, self.dense_width), dtype=np.float32), 0
@@ -117,12 +124,8 @@ class Collator:
                 labels[:, t], weights[:, t] = label, known * weight
             contradicting = self._after_their_parents(labels, weights, at)
         extras = self._extras(column, weights, at)
-        single = single[: len(self.keys) - len(bags)]
         groups, oracle, extras = (None if a is None else permuted(a) for a in (self._groups(column), self._oracle(column, n), extras))
-        domain = None
-        if self.config.domain:
-            f = self.keys.index(self.config.domain)
-            domain = single[f - sum(b < f for b in bags)]
+        domain = single[self.keys.index(self.config.domain)] if self.config.domain else None
         return Rows(
             single,
             bags,

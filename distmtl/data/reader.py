@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from distmtl.batch import Batch
 from distmtl.config import Config
-from distmtl.data.collate import ROW, Collator, alike
+from distmtl.data.collate import ROW, Collator, Each, alike
 from distmtl.data.dataset import Dataset
 from distmtl.data.order import EpochOrder, steps_per_epoch, streams_of
 from distmtl.data.rows import Part, Rows, batch_of
@@ -31,6 +34,7 @@ class Reader:
     Args:
         global_batch_size: rows of a step over all ranks; a multiple of num_streams.
         seed: orders the rows; None reads them in the order of the files.
+        threads: that decode, beside each other, streams and then columns; what is read does not depend on them.
         pin: into memory that a CUDA device copies from while it computes.
     """
 
@@ -43,6 +47,7 @@ class Reader:
     rank: int
     world_size: int
     prefetch: int
+    threads: int = 1
     pin: bool = False
 
     @property
@@ -65,20 +70,22 @@ class Reader:
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Batches of the global steps first … last-1. A failing read gives a batch of padding that says why, and ends them."""
-        source = map(Batch.pin_memory, self._batches(first, last)) if self.pin else self._batches(first, last)
-        with ThreadPoolExecutor(1, thread_name_prefix="distmtl-reader") as pool:
+        with beside_each_other(self.threads) as each, ThreadPoolExecutor(1, thread_name_prefix="distmtl-reader") as pool:
+            source = self._batches(first, last, each)
+            source = map(Batch.pin_memory, source) if self.pin else source
             ahead = [pool.submit(next, source, None) for _ in range(self.prefetch + 1)]
             while (batch := ahead.pop(0).result()) is not None:
                 ahead.append(pool.submit(next, source, None))
                 yield batch
 
-    def _batches(self, first: int, last: int) -> Iterator[Batch]:
+    def _batches(self, first: int, last: int, each: Each) -> Iterator[Batch]:
         epoch, nothing = -1, [(self.collate.padding(), 0, 0)]
+        streams = streams_of(self.rank, self.world_size, self.num_streams)
+        shares = [streams[i :: self.threads] for i in range(self.threads)]
         for step in range(first, last):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = self._order(epoch)
-                windows = Windows(self.dataset, order, streams_of(self.rank, self.world_size, self.num_streams), self.collate, epoch)
+                windows = Windows(self.dataset, self._order(epoch), shares, self.collate, epoch, each)
             within = step % self.steps_per_epoch
             try:
                 parts = list(windows.rows_of(within))
@@ -101,7 +108,24 @@ class Reader:
         )
 
 
-def every_row(dataset: Dataset, collate: Collator, config: Config, rank: int, world_size: int) -> Reader:
+@contextmanager
+def beside_each_other(threads: int) -> Iterator[Each]:
+    """`map` of so many threads."""
+    if threads == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="distmtl-decoder") as pool:
+        yield pool.map
+
+
+def decoding_threads(config: Config, device: torch.device) -> int:
+    """Of one rank. Beside training on CPU every core is the head's already."""
+    if config.data.threads or device.type == "cpu":
+        return config.data.threads or 1
+    return min(max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2, 1), 8)
+
+
+def every_row(dataset: Dataset, collate: Collator, config: Config, rank: int, world_size: int, threads: int) -> Reader:
     """Reads every row once, in the order of the files, in batches of an evaluation."""
     streams = config.data.num_streams
     return Reader(
@@ -114,16 +138,23 @@ def every_row(dataset: Dataset, collate: Collator, config: Config, rank: int, wo
         rank=rank,
         world_size=world_size,
         prefetch=config.data.prefetch,
+        threads=threads,
     )
 
 
 class Windows:
-    """The next window of each of a rank's streams, decoded, checked and laid out in the order of the steps: a step is a cut."""
+    """The next window of each of a rank's streams, decoded, checked and laid out in the order of the steps: a step is a cut.
 
-    def __init__(self, dataset: Dataset, order: EpochOrder, streams: range, collate: Collator, epoch: int):
-        self.order, self.streams, self.collate, self.epoch = order, streams, collate, epoch
-        files = lru_cache(maxsize=OPEN_FILES)(dataset.open_part)
-        self.groups = {s: GroupRows(dataset, collate.columns, files) for s in streams}
+    Args:
+        shares: of the streams, each read by one thread at a time with files of its own: an open file is not for two.
+    """
+
+    def __init__(self, dataset: Dataset, order: EpochOrder, shares: Sequence[range], collate: Collator, epoch: int, each: Each):
+        self.order, self.shares, self.collate, self.epoch, self.each = order, shares, collate, epoch, each
+        self.groups: dict[int, GroupRows] = {}
+        for share in shares:
+            files = lru_cache(maxsize=OPEN_FILES)(dataset.open_part)
+            self.groups |= {s: GroupRows(dataset, collate.columns, files) for s in share}
         self.index = -1
         self.rows: Rows | None = None
         self.spans: dict[int, tuple[int, int]] = {}  # step → its first and last (excluded) row here
@@ -139,10 +170,11 @@ class Windows:
 
     def _read(self, index: int) -> None:
         self.index, self.rows = index, None  # not two at a time
+        found = {s: window for share in self.each(lambda share: self._windows(share, index), self.shares) for s, window in share.items()}
         pieces, steps, read = [], defaultdict(list), 0
-        for stream in self.streams:
-            first, last, permutation = self.order.window_of(stream, index)
-            pieces += [self.groups[stream].take(*p) for p in self.order.pieces(stream, first, last)]
+        for stream in sorted(found):
+            first, last, permutation, tables = found[stream]
+            pieces += tables
             for step in self.order.steps_of(first, last):
                 a, b = self.order.positions_of(step)
                 steps[step].append(read + permutation[max(a - first, 0) : b - first])
@@ -151,7 +183,15 @@ class Windows:
         self.spans = {step: (a, b) for step, a, b in zip(steps, [0, *ends], ends, strict=False)}
         if read:
             order = np.concatenate([part for parts in steps.values() for part in parts])
-            self.rows = self.collate(pa.concat_tables(pieces, promote_options="permissive"), order, self.epoch)
+            self.rows = self.collate(pa.concat_tables(pieces, promote_options="permissive"), order, self.epoch, self.each)
+
+    def _windows(self, share: range, index: int) -> dict[int, tuple[int, int, np.ndarray, list[pa.Table]]]:
+        """Of every stream of a share: its window's first and last (excluded) row, permutation and rows."""
+        out = {}
+        for stream in share:
+            first, last, permutation = self.order.window_of(stream, index)
+            out[stream] = first, last, permutation, [self.groups[stream].take(*p) for p in self.order.pieces(stream, first, last)]
+        return out
 
 
 class GroupRows:

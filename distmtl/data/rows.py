@@ -40,7 +40,7 @@ class Rows:
     Features that have exactly one id in each of these rows lie side by side in `single`, the others, by position, in `bags`.
     """
 
-    single: np.ndarray  # (features of one id, n)
+    single: np.ndarray  # (features, n); nothing is written where a feature has a bag
     bags: dict[int, Bag]
     dense: np.ndarray  # (n, width)
     labels: np.ndarray  # (n, T)
@@ -52,10 +52,6 @@ class Rows:
     oracle: np.ndarray | None
     extras: np.ndarray | None
     domain: np.ndarray | None
-
-    def place(self, feature: int) -> int:
-        """Its row in `single`."""
-        return feature - sum(f < feature for f in self.bags)
 
 
 def batch_of(parts: Sequence[Part], keys: list[str], padded_rows: int, step: int = 0, error: str | None = None) -> Batch:
@@ -72,9 +68,9 @@ def batch_of(parts: Sequence[Part], keys: list[str], padded_rows: int, step: int
                     lengths[f, a:b] = bag.lengths[first:last]
                     values.append(bag.values[bag.starts[first] : bag.starts[last]])
                 else:
-                    values.append(rows.single[rows.place(f), first:last])
-        if width := next_bag - f - 1:  # the features up to the next bag, at once
-            blocks = (rows.single[rows.place(f + 1) :][:width, first:last] for rows, first, last in parts)
+                    values.append(rows.single[f, first:last])
+        if next_bag > f + 1:  # the features up to the next bag, at once
+            blocks = (rows.single[f + 1 : next_bag, first:last] for rows, first, last in parts)
             values.append(np.concatenate(list(blocks), axis=1).reshape(-1))
 
     def whole(name: str, padding: float) -> torch.Tensor | None:

@@ -150,15 +150,22 @@ class _LinearReLU(torch.autograd.Function):
             g = _relu_backward(gradient, output)
             layers.append((g, inputs[i]))
             if of_weight is not None:
-                torch.mm(g.T, inputs[i], out=of_weight[e])
+                _products(of_weight[e : e + 1], layers[-1:])
             if of_bias is not None:
                 torch.sum(g, 0, out=of_bias[e])
             if needs[i]:
                 so_far = of_inputs[i]
                 of_inputs[i] = g @ weight[e] if so_far is None else so_far.addmm_(g, weight[e])
         if needs_weight and ctx.late is not None:
-            ctx.late.append(lambda: torch.stack([g.T @ x for g, x in layers]))
+            ctx.late.append(lambda: _products(torch.empty_like(weight), layers))
         return None, None, of_weight, None, of_bias, *of_inputs
+
+
+def _products(of_weight: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Every layer's gᵀ·x in its place."""
+    for out, (g, x) in zip(of_weight, layers, strict=True):
+        torch.mm(g.T, x, out=out)
+    return of_weight
 
 
 class _Late(torch.autograd.Function):
