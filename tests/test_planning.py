@@ -266,4 +266,6 @@ def test_a_table_may_lie_in_host_memory(memory, hbm):
     assert world.fits and {t.table: t.memory for t in world.planned} == {"huge": memory, "small": "device"}
     tables = sum(world.memory[k][0] for k in ("weights", "optimizer", "buffers"))
     assert tables < hbm * 4 * 65 * 100_000_000 < world.host[0] / 3 and f"table_wise, {memory}" in plan_text(world.planned, 1)
-    assert plan_world(asked, Hardware.of("cpu", ddr_gb=64), 1).planned == plan_world(config(sizes), Hardware.of("cpu", ddr_gb=64), 1).planned
+    assert (
+        plan_world(asked, Hardware.of("cpu", ddr_gb=64), 1).planned == plan_world(config(sizes), Hardware.of("cpu", ddr_gb=64), 1).planned
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import warnings
@@ -9,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import every_task
+import options
 import partitioned
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,9 +28,10 @@ from distmtl import checkpoint
 from distmtl.config import Config, WeightingConfig
 from distmtl.config_file import parse_config
 from distmtl.data.splits import open_splits
+from distmtl.distributed import process
 from distmtl.distributed.process import Process, process_group
 from distmtl.errors import DistmtlError
-from distmtl.evaluation import evaluate_split
+from distmtl.evaluation import evaluate, evaluate_split
 from distmtl.following import Until, follow
 from distmtl.loop import Training, train
 from distmtl.model.kernels import linear_relu, mix, segment_sum, spread
@@ -90,6 +94,41 @@ def test_every_weighting(tiny_data, tmp_path, kind):
     assert_equals_plain_pytorch_on_cpu(tiny.config(tiny_data, tmp_path, weighting={"kind": kind, **options}, optimizer=SGD))
 
 
+@pytest.mark.parametrize("interaction", [options.CROSS, {"kind": "dot"}], ids=["cross", "dot"])
+def test_every_option_of_features(tiny_data, tmp_path, interaction):
+    assert_equals_plain_pytorch_on_cpu(options.with_options(tiny_data, tmp_path, interaction))
+
+
+@pytest.mark.parametrize("out_of_range", ["hash", "quotient"])
+def test_ids_that_read_two_rows(tiny_data, tmp_path, out_of_range):
+    raw = tiny.raw(tiny_data, tmp_path, optimizer=SGD)
+    for feature, rows in zip(raw["features"][:4], (31, 20, 7, 10), strict=True):
+        feature |= {"out_of_range": out_of_range, "hashes": 2, "rows": rows}
+    assert_equals_plain_pytorch_on_cpu(parse_config(raw))
+
+
+def test_every_kind_of_task(tmp_path, monkeypatch):
+    """Losses, and the metrics of one checkpoint on both devices, calibrated and of slices."""
+    for split, rows in (("train", 1501), ("validation", 700)):
+        (tmp_path / split).mkdir()
+        pq.write_table(every_task.table(rows, len(split)), tmp_path / split / "a.parquet", row_group_size=310)
+    tasks = [{"tower": [8], **task} for task, _ in every_task.TASKS]
+    tasks[0]["calibration"] = {"kind": "isotonic"}
+    raw = tiny.raw(tmp_path, tmp_path / "run", model={"kind": "esmm"}, tasks=tasks, optimizer=SGD, cluster={"device": "cuda"})
+    assert_equals_plain_pytorch_on_cpu(parse_config(raw))
+    train(parse_config(raw), report=lambda record: None)
+    on_cuda = evaluate(str(tmp_path / "run"), split="validation", slices=["user", "item:55,65", "city="])["validation"]
+    monkeypatch.setattr(process, "choose_device", lambda config: torch.device("cpu"))
+    on_cpu = evaluate(str(tmp_path / "run"), split="validation", slices=["user", "item:55,65", "city="])["validation"]
+    assert flat(on_cuda) == pytest.approx(flat(on_cpu), rel=1e-3, abs=1e-6) and len(flat(on_cuda)) > 500
+
+
+def flat(metrics: Any, name: str = "") -> dict[str, float]:
+    if not isinstance(metrics, dict):
+        return {} if metrics is None else {name: metrics}
+    return {n: v for key, value in metrics.items() for n, v in flat(value, f"{name}/{key}").items()}
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "column_wise"])
 def test_every_sharding_type(tiny_data, tmp_path, sharding, optimizer):
@@ -123,6 +162,22 @@ def test_tables_in_host_memory(tiny_data, tmp_path, sharding, memory, optimizer)
     assert_equals_plain_pytorch_on_cpu(parse_config(raw), weights=optimizer == "sgd")
 
 
+def test_tables_in_host_memory_leave_the_device_free(tiny_data, tmp_path):
+    """Of weights and optimizer state; of a cached table the device holds its share of the weights."""
+    held = {}
+    for memory in ("device", "host", "cached"):
+        raw = tiny.raw(tiny_data, tmp_path, cluster={"device": "cuda"}, optimizer={"tables": {"kind": "adagrad"}})
+        raw["features"][0] |= {"rows": 16_384, "dim": 64}  # 4 MiB, and as much state
+        raw["tables"] = {"user": {"memory": memory, "cache": 0.25}}
+        config, before = parse_config(raw), torch.cuda.memory_allocated()
+        with process_group(config) as here:
+            training = training_of(config, here)
+            held[memory] = (torch.cuda.memory_allocated() - before) / 2**20
+            del training
+        gc.collect()
+    assert 7.9 < held["device"] - held["host"] < 8.1 and 0.9 < held["cached"] - held["host"] < 1.6, held
+
+
 def test_adam_of_tables_in_host_memory(tiny_data, tmp_path):
     """No other arithmetic than in the device's memory."""
     optimizer = {"tables": {"kind": "adam", "lr": 0.01}, "dense": {"kind": "adam", "lr": 0.01}}
@@ -142,15 +197,15 @@ def test_what_a_checkpoint_holds_of_cached_tables(tiny_data, tmp_path):
 
     measured = {}
     for device in ("cuda", "cpu"):
-        with process_group(on(device, config)) as process:
-            training = training_of(on(device, config), process)
+        with process_group(on(device, config)) as here:
+            training = training_of(on(device, config), here)
             if device == "cuda":
                 train_steps(training, 6)
                 tables = [m for module in training.model.modules() for lookup in getattr(module, "_lookups", ()) for m in lookup.modules()]
                 assert any(getattr(m, "lxu_cache_weights", torch.zeros(0)).numel() for m in tables), "nothing is cached"
             checkpoint.load(checkpoint.of_step(tmp_path / "cached" / "checkpoints", 10), training.model, training.optimizers)
             with alone(training.pipeline):
-                measured[device] = evaluate_split(training.train_model.model, training.splits["validation"], config, process)
+                measured[device] = evaluate_split(training.train_model.model, training.splits["validation"], config, here)
             state, saved = state_of(training), saved_state(config, 10)
             assert all(torch.equal(v.cpu(), saved[n].cpu()) for n, v in state.items())
     assert measured["cuda"][0] == pytest.approx(measured["cpu"][0], rel=1e-5)
@@ -197,11 +252,12 @@ def test_a_followed_run(tmp_path):
             assert cuda[task] == pytest.approx(metrics, rel=2e-3), task
 
 
-def test_the_host_waits_for_nothing_of_ours_in_a_step(tiny_data, tmp_path):
+@pytest.mark.parametrize("tables", [{}, CACHED], ids=["device", "cached"])
+def test_the_host_waits_for_nothing_of_ours_in_a_step(tiny_data, tmp_path, tables):
     """What waits is TorchRec's distribution of the next ids, on a stream of its own."""
-    config = run_of(tiny_data, tmp_path, "cuda")
-    with process_group(config) as process, warnings.catch_warnings(record=True) as seen:
-        training = training_of(config, process)
+    config = run_of(tiny_data, tmp_path, "cuda", tables=tables)
+    with process_group(config) as here, warnings.catch_warnings(record=True) as seen:
+        training = training_of(config, here)
         assert isinstance(training.pipeline, TrainPipelineSparseDist)
         source = iter(list(training.reader.batches(0, 4)))
         warnings.simplefilter("always")
@@ -218,12 +274,13 @@ def test_the_host_waits_for_nothing_of_ours_in_a_step(tiny_data, tmp_path):
     assert waits and [w for w in waits if w.startswith(str(Path(distmtl.__file__).parent))] == []
 
 
-@pytest.mark.parametrize("dense", ["adam", "adamw", "adagrad", "sgd"])
-def test_a_skipped_step_changes_nothing(tiny_data, tmp_path, dense):
+@pytest.mark.parametrize(("dense", "memory"), [("adam", {}), ("adam", CACHED), ("adamw", {}), ("adagrad", {}), ("sgd", {})])
+def test_a_skipped_step_changes_nothing(tiny_data, tmp_path, dense, memory):
     """Although the host does not know in time, under the optimizers whose kernels look for themselves."""
-    config = run_of(tiny_data, tmp_path, "cuda", optimizer={"tables": {"kind": "rowwise_adagrad", "lr": 0.1}, "dense": {"kind": dense}})
-    with process_group(config) as process:
-        training = training_of(config, process)
+    optimizer = {"tables": {"kind": "rowwise_adagrad", "lr": 0.1}, "dense": {"kind": dense}}
+    config = run_of(tiny_data, tmp_path, "cuda", optimizer=optimizer, tables=memory)
+    with process_group(config) as here:
+        training = training_of(config, here)
         batches = list(training.reader.batches(0, 4))
         batches[0].labels[3] = batches[2].labels[3] = torch.nan
         source, states, trained = iter(batches), [state_of(training)], []
