@@ -187,4 +187,8 @@ def make_plan(model: nn.Module, config: Config, process: Process) -> ShardingPla
     try:
         return planner.collective_plan(model, sharders(), dist.group.WORLD)
     except PlannerError as e:
-        raise DistmtlError(f"no sharding plan for {process.world_size} worker(s): {e}") from None
+        host = "; or keep the largest tables in host memory (tables.NAME.memory: cached)" if process.device.type == "cuda" else ""
+        raise DistmtlError(
+            f"no sharding plan for {process.world_size} worker(s): {str(e).strip().splitlines()[0].rstrip(' .')}; "
+            f"`distmtl plan` tells which tables do not fit and how many workers would hold them{host}"
+        ) from None

@@ -28,7 +28,7 @@ from distmtl import checkpoint
 from distmtl.config import Config, WeightingConfig
 from distmtl.config_file import parse_config
 from distmtl.data.splits import open_splits
-from distmtl.distributed import process
+from distmtl.distributed import planner, process
 from distmtl.distributed.process import Process, process_group
 from distmtl.errors import DistmtlError
 from distmtl.evaluation import evaluate, evaluate_split
@@ -178,6 +178,20 @@ def test_tables_in_host_memory_leave_the_device_free(tiny_data, tmp_path):
     assert 7.9 < held["device"] - held["host"] < 8.1 and 0.9 < held["cached"] - held["host"] < 1.6, held
 
 
+def test_tables_larger_than_the_device(tiny_data, tmp_path, monkeypatch):
+    """As the planner sees it: it is told of a device of 8 MiB."""
+    raw = tiny.raw(tiny_data, tmp_path, cluster={"device": "cuda"}, optimizer=SGD)
+    raw["features"][0] |= {"rows": 40_000, "dim": 64}  # 10 MiB
+    whole = planner.Topology
+    with monkeypatch.context() as m:
+        m.setattr(planner, "Topology", lambda *at, **has: whole(*at, **{**has, "hbm_cap": 8 * 2**20}))
+        with pytest.raises(DistmtlError, match="no sharding plan .*tables.NAME.memory: cached"):
+            short_run(parse_config(raw), steps=1)
+        raw["tables"] = {"user": {"memory": "cached", "cache": 0.01}}
+        assert short_run(parse_config(raw), steps=5).losses.isfinite().all()
+    assert_equals_plain_pytorch_on_cpu(parse_config(raw))
+
+
 def test_adam_of_tables_in_host_memory(tiny_data, tmp_path):
     """No other arithmetic than in the device's memory."""
     optimizer = {"tables": {"kind": "adam", "lr": 0.01}, "dense": {"kind": "adam", "lr": 0.01}}
@@ -316,11 +330,13 @@ def test_a_loss_that_is_not_finite_is_told_by_its_step(tmp_path, policy):
     assert saved["cuda"] == saved["cpu"]
 
 
-def trained_in_parts(folder: Path, run: Path, first: str, second: str, kind: str, dense: str = "adam", **more: Any) -> list[Config]:
+def trained_in_parts(
+    folder: Path, run: Path, first: str, second: str, kind: str, dense: str = "adam", background: bool = True, **more: Any
+) -> list[Config]:
     """Twenty steps on one device; the same from step 10 on another."""
     sections = {
         "optimizer": {"tables": {"kind": kind, "lr": 0.02}, "dense": {"kind": dense, "lr": 0.01}},
-        "train": {"steps": 20, "eval_every": 10, "save_every": 10, "log_every": 1, "keep": 9},
+        "train": {"steps": 20, "eval_every": 10, "save_every": 10, "log_every": 1, "keep": 9, "save_in_background": background},
         **more,
     }
     whole, parts = run_of(folder, run / "whole", first, **sections), run_of(folder, run / "parts", second, **sections)
@@ -341,10 +357,12 @@ def test_a_checkpoint_goes_on_on_the_other_device(tiny_data, tmp_path, first, se
 
 
 @pytest.mark.parametrize("where", [{}, CACHED], ids=["device", "cached"])
-@pytest.mark.parametrize(("kind", "dense"), [("rowwise_adagrad", "adam"), ("adam", "adagrad"), ("sgd", "sgd")])
-def test_resumed_equals_uninterrupted(tiny_data, tmp_path, kind, dense, where):
+@pytest.mark.parametrize(
+    ("kind", "dense", "background"), [("rowwise_adagrad", "adam", True), ("adam", "adagrad", True), ("sgd", "sgd", False)]
+)
+def test_resumed_equals_uninterrupted(tiny_data, tmp_path, kind, dense, background, where):
     """To the last bit."""
-    whole, parts = trained_in_parts(tiny_data, tmp_path, "cuda", "cuda", kind, dense, tables=where)
+    whole, parts = trained_in_parts(tiny_data, tmp_path, "cuda", "cuda", kind, dense, background, tables=where)
     train(parts, report=lambda record: None)
     a, b = (saved_state(config, 20) for config in (whole, parts))
     assert a.keys() == b.keys()
