@@ -127,6 +127,7 @@ def dense_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> 
         case AdamWDense(lr=lr, betas=betas, eps=eps, weight_decay=decay):
             return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=True)
         case AdagradDense(lr=lr, eps=eps):
-            return torch.optim.Adagrad(parameters, lr=lr, eps=eps, fused=True)
+            on_cpu = parameters[0].device.type == "cpu"  # torch 2.11 has no fused kernel of it elsewhere
+            return torch.optim.Adagrad(parameters, lr=lr, eps=eps, fused=on_cpu)
         case SgdDense(lr=lr, momentum=momentum):
             return torch.optim.SGD(parameters, lr=lr, momentum=momentum, fused=True)

@@ -29,6 +29,7 @@ FREE = (
     "data.threads", "data.max_contradictions", "tasks.*.true_probability*", "tasks.*.calibration*",
     "train.log_every", "train.eval_every", "train.save_*", "train.keep", "train.monitor",
     "train.early_stopping*", "train.profile*", "train.non_finite*", "sharding.types", "sharding.row_wise_above_mb", "tables.*.sharding",
+    "tables", "tables.*.memory", "tables.*.cache",  # `tables` itself: there are none on one side
 )  # fmt: skip
 FREE_ON_NEW_DATA = (*FREE, "run.seed", "optimizer.schedule.warmup_steps")  # where the state of the training goes on
 FREE_WITHOUT_DECAY = ("train.epochs", "train.steps")  # a longer run continues a shorter one, unless the learning rate depends on it

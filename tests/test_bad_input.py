@@ -614,6 +614,12 @@ def test_a_run_that_has_lost_its_log_is_still_a_run(copied, refused):
     assert "was made with another config" in refused(config_of(copied, train=LONG, run={"seed": 5}))
 
 
+def test_where_a_table_lies_may_change_but_not_what_it_is(copied, refused):
+    """Also where the run's own config says nothing of tables."""
+    message = refused(config_of(copied, train=LONG, tables={"user": {"memory": "cached", "init_scale": 0.01}}))
+    assert message.count("\n") == 1 and "tables.user.init_scale: None there, 0.01 now" in message
+
+
 def test_resume_never_wants_an_empty_directory(copied, refused):
     message = refused(config_of(copied, train=LONG), "--resume", "never")
     assert message == (f"run.dir {copied}/run already holds a run; choose another run.dir, delete it, or continue it with --resume auto")

@@ -113,7 +113,7 @@ def test_the_head_sees_one_feature_and_the_planner_all_lookups():
     config = config_of([sequence])
     assert Layout.of(config).places == {"f": (0, 8), "s": (8, 16)}
     assert config.tables_read == {"f": (ROWS, 8)}
-    assert constraints(config, 1, 1)["f"].pooling_factors == [3.0, 12.0]
+    assert constraints(config, 1, 1, "cpu")["f"].pooling_factors == [3.0, 12.0]
 
 
 @pytest.mark.parametrize("pooling", ["attention", "target"])

@@ -254,3 +254,18 @@ def test_measured_without_tables(tiny_data, tmp_path):
     report.measured = run_world(measure, 1, c, CPU, 7)[0]
     assert report.measured.tables_ms == 0 < report.measured.step_ms and report.measured.ratio is None
     assert report.text() and json.dumps(report.json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(("memory", "hbm"), [("host", 0.01), ("cached", 0.3)])
+def test_a_table_may_lie_in_host_memory(memory, hbm):
+    """Then a device that is smaller than it will do; on CPU nothing changes. `hbm`: at most this share of the table on the device."""
+    sizes, cuda = [("huge", 100_000_000, 64), ("small", 1_000, 64)], Hardware.of("cuda", hbm_gb=12)
+    asked = config(sizes, tables={"huge": {"memory": memory}})
+    assert not plan_world(config(sizes), cuda, 1).fits
+    world = plan_world(asked, cuda, 1)
+    assert world.fits and {t.table: t.memory for t in world.planned} == {"huge": memory, "small": "device"}
+    tables = sum(world.memory[k][0] for k in ("weights", "optimizer", "buffers"))
+    assert tables < hbm * 4 * 65 * 100_000_000 < world.host[0] / 3 and f"table_wise, {memory}" in plan_text(world.planned, 1)
+    assert (
+        plan_world(asked, Hardware.of("cpu", ddr_gb=64), 1).planned == plan_world(config(sizes), Hardware.of("cpu", ddr_gb=64), 1).planned
+    )

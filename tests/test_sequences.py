@@ -173,7 +173,7 @@ def test_what_the_planner_is_told():
     config = parse_config(
         {**raw(pooling="attention"), "sharding": {"types": ["grid_shard", "row_wise", "table_wise"], "row_wise_above_mb": 0}}
     )
-    told = constraints(config, local_world_size=2, world_size=4)
+    told = constraints(config, local_world_size=2, world_size=4, device="cpu")
     assert told["item"].pooling_factors == [3.0, 1.0] and told["item"].sharding_types == ["row_wise", "table_wise"]
     assert told["item"].compute_kernels == ["fused"]
     model = offline_model(config, "cpu")

@@ -32,12 +32,21 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizers: Any) -> None:
         DistmtlError: it cannot be read, or holds another model; on all ranks.
     """
     saved = _load(checkpoint, table_state(model, optimizers), dense_tensors(model))
+    forget_cached_rows(model)
     optimizers.load_dense_state(saved["optimizer"])
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Fill a built model that will not be trained, or whose training begins: without what other training has left."""
     _load(checkpoint, table_state(model), weights(model))
+    forget_cached_rows(model)
+
+
+def forget_cached_rows(model: nn.Module) -> None:
+    """After tables were filled: of a table in host memory the device would go on with the rows that it holds, and write them back."""
+    for module in model.modules():
+        for lookup in getattr(module, "_lookups", ()):
+            lookup.purge()
 
 
 def dense(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distmtl.checkpoint.finding import Checkpoint
-from distmtl.checkpoint.loading import index, read_state, verify
+from distmtl.checkpoint.loading import forget_cached_rows, index, read_state, verify
 from distmtl.checkpoint.state import WEIGHTING, dense_tensors, first_rows, table_of, table_state, weights
 
 
@@ -42,6 +42,7 @@ def load_matching(checkpoint: Checkpoint, model: nn.Module, optimizers: Any | No
     left = {table_of(n) for n in saved} - {table_of(n) for n in state}
     notes += [f"table {t} of the checkpoint is left behind: the config has none of that name" for t in sorted(left)]
     blob = read_state(checkpoint, matching)
+    forget_cached_rows(model)
     dense = dense_tensors(model) if optimizers and not changes.weighting else weights(model)
     of_weighting = {n for n in blob["parameters"] if n.startswith(WEIGHTING)}
     if optimizers and changes.weighting and (of_weighting or dense.keys() < dense_tensors(model).keys()):

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from distmtl.config.base import Precision, Strict, Unit
 
 ShardingType = Literal["table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"]
+TableMemory = Literal["device", "host", "cached"]
 SEQUENCE_SHARDING: tuple[ShardingType, ...] = ("table_wise", "row_wise", "column_wise")  # what TorchRec has for sequences
 
 
@@ -61,6 +62,12 @@ class TableConfig(Strict):
     init_scale: PositiveFloat | None = Field(
         None, description="Initial weights are uniform in ±init_scale; default: `sharding.init_scale`."
     )
+    memory: TableMemory = Field(
+        "device",
+        description="CUDA: where the table and its optimizer's state lie. `host` is read over the bus at every lookup; `cached` is host "
+        "memory with rows lately used on the device. For tables larger than the device's memory. On CPU all lie in host memory.",
+    )
+    cache: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.2, description="Share of its rows that `memory: cached` keeps on the device.")
 
 
 class ShardingConfig(Strict):

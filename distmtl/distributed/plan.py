@@ -12,6 +12,9 @@ from torchrec.distributed.types import ShardingPlan
 from distmtl.config import Config
 from distmtl.tabulate import aligned
 
+KERNELS = {"device": "fused", "host": "fused_uvm", "cached": "fused_uvm_caching"}  # TorchRec's, of a table's memory
+MEMORY = {kernel: memory for memory, kernel in KERNELS.items()}
+
 
 @dataclass(frozen=True)
 class PlannedTable:
@@ -24,6 +27,7 @@ class PlannedTable:
     optimizer: str
     shards: tuple[tuple[int, int, int], ...]
     mb: float
+    memory: str
 
 
 def describe(plan: ShardingPlan, config: Config) -> Iterator[PlannedTable]:
@@ -33,7 +37,8 @@ def describe(plan: ShardingPlan, config: Config) -> Iterator[PlannedTable]:
             rows, dim = shapes[name]
             shards = tuple((s.placement.rank(), *s.shard_sizes) for s in parameter.sharding_spec.shards)
             mb = (4 * rows * dim + optimizer_bytes(config, name, rows, dim)) / 2**20
-            yield PlannedTable(name, rows, dim, parameter.sharding_type, config.table_optimizer(name).kind, shards, round(mb, 6))
+            optimizer, memory = config.table_optimizer(name).kind, MEMORY[parameter.compute_kernel]
+            yield PlannedTable(name, rows, dim, parameter.sharding_type, optimizer, shards, round(mb, 6), memory)
 
 
 def optimizer_bytes(config: Config, table: str, rows: int, columns: int) -> int:
@@ -60,7 +65,8 @@ def plan_text(planned: list[PlannedTable], world_size: int) -> str:
         for rank, rows, columns in t.shards:
             share[rank] += t.mb * rows * columns / (t.rows * t.dim)
         held = [a + b for a, b in zip(held, share, strict=True)]
-        lines.append([t.table, f"{t.rows:,}", str(t.dim), t.kind, t.optimizer, f"{t.mb:,.2f}", *spread(share)])
+        kind = t.kind if t.memory == "device" else f"{t.kind}, {t.memory}"
+        lines.append([t.table, f"{t.rows:,}", str(t.dim), kind, t.optimizer, f"{t.mb:,.2f}", *spread(share)])
     lines.append(["all", "", "", "", "", f"{sum(held):,.2f}", *spread(held)])
     return aligned(head, lines, left=(0, 3, 4))
 

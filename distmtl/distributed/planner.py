@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Generator
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,9 +17,10 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, Proposer, ShardingOption
-from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan
 
-from distmtl.config import SEQUENCE_SHARDING, Config
+from distmtl.config import SEQUENCE_SHARDING, Config, TableConfig
+from distmtl.distributed.plan import KERNELS
 from distmtl.distributed.process import Process
 from distmtl.errors import DistmtlError
 
@@ -39,7 +41,7 @@ def sharders(fused: dict[str, Any] | None = None, codecs: dict[str, Any] | None 
     return [kind(dict(fused or {}), codecs) for kind in (BagSharder, EmbeddingCollectionSharder)]
 
 
-def constraints(config: Config, local_world_size: int, world_size: int) -> dict[str, ParameterConstraints]:
+def constraints(config: Config, local_world_size: int, world_size: int, device: str) -> dict[str, ParameterConstraints]:
     """What the planner may do with every table; always explicit, since data_parallel would drop the table's optimizer."""
     out = {}
     readers: dict[str, list[float]] = {}  # lookups per row of every feature
@@ -47,7 +49,8 @@ def constraints(config: Config, local_world_size: int, world_size: int) -> dict[
         readers.setdefault(feature.table_name, []).append(float(feature.lookups))
     for feature in config.embedded:
         name = feature.table_name
-        own = config.tables[name].sharding if name in config.tables else None
+        table = config.tables.get(name, TableConfig())
+        own, memory = table.sharding, table.memory if device == "cuda" else "device"
         types = own or config.sharding.types
         rows, dim = config.tables_read[name]
         mb = rows * dim * 4 / 2**20
@@ -63,7 +66,8 @@ def constraints(config: Config, local_world_size: int, world_size: int) -> dict[
             types = tuple(t for t in types if t in SEQUENCE_SHARDING) or ("table_wise",)
         out[name] = ParameterConstraints(
             sharding_types=list(types),
-            compute_kernels=["fused"],
+            compute_kernels=[KERNELS[memory]],
+            cache_params=CacheParams(load_factor=table.cache) if memory == "cached" else None,
             min_partition=min(dim, 32),
             pooling_factors=readers[name],
         )
@@ -174,11 +178,17 @@ def make_plan(model: nn.Module, config: Config, process: Process) -> ShardingPla
         DistmtlError: the tables do not fit, or no allowed sharding type is possible.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
-    memory = torch.cuda.get_device_properties(process.device).total_memory if process.device.type == "cuda" else None
-    bandwidths = {"intra_host_bw": GLOO_BANDWIDTH, "inter_host_bw": GLOO_BANDWIDTH} if process.device.type == "cpu" else {}
-    topology = Topology(process.world_size, process.device.type, hbm_cap=memory, local_world_size=local, **bandwidths)
-    planner = make_planner(config, topology, constraints(config, local, process.world_size))
+    own: dict[str, Any] = {"intra_host_bw": GLOO_BANDWIDTH, "inter_host_bw": GLOO_BANDWIDTH}
+    if process.device.type == "cuda":
+        hbm = torch.cuda.get_device_properties(process.device).total_memory
+        own = {"hbm_cap": hbm, "ddr_cap": psutil.virtual_memory().total // local}
+    topology = Topology(process.world_size, process.device.type, local_world_size=local, **own)
+    planner = make_planner(config, topology, constraints(config, local, process.world_size, process.device.type))
     try:
         return planner.collective_plan(model, sharders(), dist.group.WORLD)
     except PlannerError as e:
-        raise DistmtlError(f"no sharding plan for {process.world_size} worker(s): {e}") from None
+        host = "; or keep the largest tables in host memory (tables.NAME.memory: cached)" if process.device.type == "cuda" else ""
+        raise DistmtlError(
+            f"no sharding plan for {process.world_size} worker(s): {str(e).strip().splitlines()[0].rstrip(' .')}; "
+            f"`distmtl plan` tells which tables do not fit and how many workers would hold them{host}"
+        ) from None

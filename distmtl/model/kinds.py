@@ -141,7 +141,7 @@ def _grid(task: QuantileTask, like: Tensor, extra: Tensor | None) -> Tensor:
     grid = like.new_tensor(task.quantiles)
     if extra is None:
         return grid.expand(len(like), -1)
-    return grid[torch.bucketize(extra, like.new_tensor(task.duration_edges), right=True)]
+    return grid[torch.bucketize(extra.contiguous(), like.new_tensor(task.duration_edges), right=True)]
 
 
 def _quantile_of(task: QuantileTask, y: Tensor, extra: Tensor | None) -> Tensor:

@@ -129,7 +129,8 @@ class Report:
         return (
             f"with the largest tables in host memory ({self.hardware.ddr_gb:g} GiB per rank), most on one rank, {UNVALIDATED}:\n"
             + aligned(head, lines, left=(0,))
-            + f"\nmoved, largest first: {some}. Planned only: distmtl trains every table in the device's memory"
+            + f"\nmoved, largest first: {some}. Ask for it with tables.NAME.memory: host is fused_uvm, "
+            "cached is fused_uvm_caching with tables.NAME.cache"
         )
 
     def _smallest_text(self) -> str:

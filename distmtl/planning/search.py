@@ -23,7 +23,7 @@ CACHES = (0.2, 0.05, None)  # load factors of FUSED_UVM_CACHING; None: FUSED_UVM
 def smallest_world(config: Config, hardware: Hardware, tried: list[World]) -> World | str:
     """The fewest ranks (a power of two within a node, then whole nodes) that hold the tables, or why none was found."""
     node, tables = hardware.ranks_per_node, {t: 4 * rows * dim for t, (rows, dim) in config.tables_read.items()}
-    for table, c in constraints(config, node, node + 1).items():
+    for table, c in constraints(config, node, node + 1, hardware.device).items():
         if set(c.sharding_types) == {"table_wise"} and tables[table] > hardware.memory_in(hardware.topology(1)):
             return f"none: table {table!r} may only lie whole on one rank ({gib(tables[table])}); let it be row_wise"
     known = {w.world_size: w for w in tried}

@@ -138,7 +138,7 @@ def plan_world(
             f"or --world-size {world_size - world_size % local} or {world_size + local - world_size % local}"
         )
     model = offline_model(config, hardware.device)
-    allowed = {t: change(t, c) for t, c in constraints(config, local, world_size).items()}
+    allowed = {t: change(t, c) for t, c in constraints(config, local, world_size, hardware.device).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it advises against itself; training's planner uses it all the same
         reservation = HeuristicalStorageReservation(RESERVED)

@@ -9,11 +9,11 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import every_task
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import test_every_kind
 import test_head_contract
 import test_sequence_tables
 import tiny
@@ -133,8 +133,8 @@ def test_every_kind_of_task_calibrated_by_slices(tmp_path):
     """Each predicts what `prediction` says; the click is calibrated by domain."""
     for split, rows in (("train", 1501), ("validation", 700)):
         (tmp_path / split).mkdir()
-        pq.write_table(test_every_kind.table(rows, len(split)), tmp_path / split / "a.parquet")
-    tasks = [{"tower": [8], **task} for task, _ in test_every_kind.TASKS]
+        pq.write_table(every_task.table(rows, len(split)), tmp_path / split / "a.parquet")
+    tasks = [{"tower": [8], **task} for task, _ in every_task.TASKS]
     tasks[0]["calibration"] = {"kind": "platt", "slices": "domain", "min_rows": 50}
     raw = tiny.raw(tmp_path, tmp_path / "run", model={"kind": "esmm"}, tasks=tasks)
     raw["features"].append({"kind": "id", "name": "domain", "rows": 3, "dim": 4})

@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
+from options import CROSS, with_options
 from worlds import pipeline_of_cuda, records, run_world, saved_state, train_world
 
-from distmtl.config import Config
-from distmtl.config_file import parse_config
 from distmtl.verification import gate
 from distmtl.verification.gate import shrink
 from distmtl.verification.reference import unsharded_run
 from distmtl.verification.runs import short_run
-
-SGD = {"tables": {"kind": "sgd", "lr": 0.1}, "dense": {"kind": "sgd", "lr": 0.05}}
-BOTH = {"out_of_range": "oov", "missing": "row"}
-CROSS = {"kind": "cross", "layers": 2, "rank": 4}
-
-
-def with_options(data, run, interaction=CROSS, optimizer=SGD, precision="fp32", **train) -> Config:
-    raw = tiny.raw(data, run, interaction=interaction, optimizer=optimizer)
-    user, item, tags, city, bucket, _, image = raw["features"]
-    user.update(BOTH, rows=150, id_dropout=0.3)
-    item.update(missing="row")
-    tags.update(BOTH, rows=15, id_dropout=0.1)
-    city.update(out_of_range="oov", id_dropout=0.2)
-    bucket["dim"] = 8
-    image["project"] = 2
-    raw["tables"] = {"user": {"sharding": ["row_wise"]}, "tags": {"sharding": ["table_wise"]}}
-    raw["train"] = {"global_batch_size": 128, "log_every": 1, "precision": precision, **train}
-    return parse_config(raw)
 
 
 def difference(a, b):
