@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,7 +74,7 @@ def _jagged(column: Any) -> tuple[np.ndarray, np.ndarray]:
     return column.to_numpy(), np.ones(len(column), np.int32)
 
 
-def batches(config: Config, rank: int, world_size: int) -> Iterator[Batch]:
+def batches(config: Config, rank: int, world_size: int) -> Generator[Batch, None, None]:
     keys = [f.name for f in config.embedded]
     for b in DataLoader(ParquetRows(config, rank, world_size), batch_size=None, num_workers=1):
         sparse = KeyedJaggedTensor(keys, b["values"], lengths=b["lengths"])
@@ -104,7 +103,8 @@ def _worker(rank: int, world_size: int, folder: Path, loop: str, config: Config,
     dist.barrier()
     if rank == 0:
         (folder / "speed").write_text(str(config.train.global_batch_size * steps / (time.perf_counter() - began)))
-    os._exit(0)  # the DataLoaders' processes are still at work
+    source.close()  # and the DataLoader's process with it
+    dist.destroy_process_group()
 
 
 def main() -> None:
