@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,8 +35,9 @@ from distmtl.config_file import load_config
 from distmtl.distributed.matmul import fastest_fp32
 from distmtl.distributed.process import quieten
 
-WARM_UP = 8  # steps that are not counted
+WARM_UP = 4  # steps that are not counted
 LOOPS = ("torchrec", "textbook", "pytorch")
+mp.set_forkserver_preload(["benchmarks.baselines"])  # processes are forked from one that has imported everything and computed nothing
 
 
 class ParquetRows(IterableDataset[dict[str, torch.Tensor]]):
@@ -74,17 +74,24 @@ def _jagged(column: Any) -> tuple[np.ndarray, np.ndarray]:
     return column.to_numpy(), np.ones(len(column), np.int32)
 
 
-def batches(config: Config, rank: int, world_size: int) -> Iterator[Batch]:
+def batches(config: Config, rank: int, world_size: int) -> Generator[Batch, None, None]:
     keys = [f.name for f in config.embedded]
     for b in DataLoader(ParquetRows(config, rank, world_size), batch_size=None, num_workers=1):
         sparse = KeyedJaggedTensor(keys, b["values"], lengths=b["lengths"])
         yield Batch(sparse, b["dense"], b["labels"], torch.ones_like(b["labels"]), torch.arange(len(b["labels"])))
 
 
-def _worker(rank: int, world_size: int, store: str, loop: str, config: Config, steps: int) -> None:
+def measure(config: Config, loop: str, workers: int, steps: int) -> float:
+    """Samples per second of one of LOOPS in processes of its own."""
+    with TemporaryDirectory() as folder:
+        mp.start_processes(_worker, (workers, Path(folder), loop, config, steps), nprocs=workers, start_method="forkserver")
+        return float((Path(folder) / "speed").read_text())
+
+
+def _worker(rank: int, world_size: int, folder: Path, loop: str, config: Config, steps: int) -> None:
     torch.set_num_threads(1)
     quieten()
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     if loop == "torchrec":
         fastest_fp32()
     trained = PyTorch(config) if loop == "pytorch" else TorchRec(config, tuned=loop == "torchrec")
@@ -95,9 +102,9 @@ def _worker(rank: int, world_size: int, store: str, loop: str, config: Config, s
     trained.train(islice(source, steps))
     dist.barrier()
     if rank == 0:
-        speed = config.train.global_batch_size * steps / (time.perf_counter() - began)
-        print(json.dumps({"loop": loop, "workers": world_size, "samples_per_second": round(speed)}), flush=True)
-    os._exit(0)  # the DataLoaders' processes are still at work
+        (folder / "speed").write_text(str(config.train.global_batch_size * steps / (time.perf_counter() - began)))
+    source.close()  # and the DataLoader's process with it
+    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -108,9 +115,8 @@ def main() -> None:
     p.add_argument("--workers", type=int, default=1)
     p.add_argument("--steps", type=int, default=48)
     a = p.parse_args()
-    with TemporaryDirectory() as folder:
-        arguments = (a.workers, f"{folder}/store", a.loop, load_config(a.config, a.overrides), a.steps)
-        mp.spawn(_worker, arguments, nprocs=a.workers)
+    speed = measure(load_config(a.config, a.overrides), a.loop, a.workers, a.steps)
+    print(json.dumps({"loop": a.loop, "workers": a.workers, "samples_per_second": round(speed)}))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 One thread per process. Rounds are interleaved, so that a busy machine is busy for all of them; every figure is a ratio to the limit
 (limit.py) of the same round, of the two workers' to twice the limit. The limit and the loops run with the malloc settings of
-distmtl's workers, what is measured end to end (baselines.py, the peers) as its user would run it. Writes suite.json and suite.md.
+distmtl's workers, what is measured end to end (baselines.py, the peers) as its user would run it; the runs of `distmtl train` of one
+round share a Ray, which is gone before anything else is measured. Writes suite.json and suite.md.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,12 +28,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from benchmarks.baselines import measure
 from benchmarks.gemms import DTYPES, cpu_seconds
 from benchmarks.limit import Limit, keep_memory, reader_of, real_batches
 from benchmarks.loops import InMemory, PyTorch, TorchRec
 from benchmarks.record import Record
 from distmtl.batch import Batch
-from distmtl.cluster.trainer import KEEP_MEMORY
+from distmtl.cluster.trainer import KEEP_MEMORY, session, train_on_ray
 from distmtl.config import Config
 from distmtl.config_file import load_config
 from distmtl.data.splits import open_splits
@@ -140,34 +143,43 @@ def two_processes(configs: dict[str, Config], rounds: int, limits: dict[str, flo
             ratios.setdefault(name, []).append(speed / (2 * limits[precision]))
 
 
-def run(command: list[str]) -> str:
-    """What it prints, with torch's own settings of memory and one thread."""
-    environment = {k: v for k, v in os.environ.items() if k not in KEEP_MEMORY} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    return done.stdout
+@contextmanager
+def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
-def end_to_end(path: str, config: Config, workers: int, precision: str, folder: Path, steps: int | None) -> dict[str, Any]:
-    """`distmtl train` from Parquet to updated tables, under Ray; result.json. `steps`: of one worker, not evaluated; None: an epoch."""
-    batch = workers * config.train.global_batch_size
-    overrides = [f"train.precision={precision}", f"train.global_batch_size={batch}", f"run.dir={folder}", "train.log_every=10"]
-    overrides += [f"train.steps={steps // workers}", "data.validation=null", "data.test=null"] if steps else []
-    run([sys.executable, "-m", "distmtl", "train", path, *overrides, "--workers", str(workers)])
-    return json.loads((folder / "result.json").read_text())
+def as_its_user_would() -> None:
+    """What is started from here on has one thread and torch's own settings of memory. This process has long read its own."""
+    for name in KEEP_MEMORY:
+        del os.environ[name]
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def scaled(path: str, workers: int, precision: str, *overrides: str) -> Config:
+    """A config whose batch is each worker's."""
+    batch = workers * load_config(path, []).train.global_batch_size
+    return load_config(path, [f"train.precision={precision}", f"train.global_batch_size={batch}", f"cluster.workers={workers}", *overrides])
+
+
+def end_to_end(path: str, runs: list[tuple[int, str]], whole: bool) -> list[dict[str, Any]]:
+    """What `distmtl train` does, from Parquet to updated tables, once for each run, in one Ray; result.json of each.
+
+    Args:
+        whole: one worker trains an epoch and evaluates it, instead of 64 steps.
+    """
+    results = []
+    with TemporaryDirectory() as folder, session(scaled(path, 2, "fp32").cluster):
+        for workers, precision in runs:
+            overrides = [f"run.dir={folder}/{workers}-{precision}", "train.log_every=10", "data.test=null"]
+            overrides += [] if whole and workers == 1 else [f"train.steps={64 // workers}", "data.validation=null"]
+            results.append(train_on_ray(scaled(path, workers, precision, *overrides), report=lambda record: None))
+    return results
 
 
 BASELINES = [("torchrec", 1, "fp32"), ("torchrec", 1, "bf16"), ("torchrec", 2, "fp32"), ("torchrec", 2, "bf16")]
 BASELINES += [("textbook", 1, "fp32"), ("textbook", 2, "fp32"), ("pytorch", 1, "fp32")]
-
-
-def baseline(path: str, config: Config, loop: str, workers: int, precision: str) -> float:
-    """Samples per second from Parquet to updated tables, without distmtl's reader and launcher."""
-    overrides = [f"train.precision={precision}", f"train.global_batch_size={workers * config.train.global_batch_size}"]
-    arguments = ["--loop", loop, "--workers", str(workers), "--steps", str(32 // workers)]
-    printed = run([sys.executable, "-m", "benchmarks.baselines", path, *overrides, *arguments])
-    return json.loads(printed.splitlines()[-1])["samples_per_second"]
 
 
 def peers(data: Path) -> dict[str, dict[str, Any]]:
@@ -175,16 +187,22 @@ def peers(data: Path) -> dict[str, dict[str, Any]]:
     python, folder = Path("build/peers/bin/python"), Path(__file__).parent / "peers"
     if not python.exists():
         return {}
-    commands = [[str(python), str(folder / f"{name}.py"), str(data), "--rows", "65536"] for name in ("rechub", "deepctr")]
-    lines = [json.loads(run([*command, *fused])) for command in commands for fused in ([], ["--fused"])]
+    lines: list[dict[str, Any]] = []
+    for name in ("rechub", "deepctr"):
+        command = [str(python), str(folder / f"{name}.py"), str(data), "--rows", "65536"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+        lines += map(json.loads, done.stdout.splitlines())
     return {f"{line['peer']}, {line['adam']} Adam": line for line in lines}
 
 
 def plain_auc(config: Config) -> dict[str, float]:
-    """Validation AUC of plain PyTorch after one epoch of the same batches."""
+    """Validation AUC of plain PyTorch after one epoch of the same batches. Not timed: on every core."""
     from sklearn.metrics import roc_auc_score
 
     torch.manual_seed(config.run.seed)
+    torch.set_num_threads(os.cpu_count() or 1)
     plain = PyTorch(config)
     reader = reader_of(config, config.data.train)
     plain.train(reader.batches(0, reader.steps_per_epoch))
@@ -195,6 +213,7 @@ def plain_auc(config: Config) -> dict[str, float]:
             known = batch.rows >= 0
             scores.append(plain.logits(batch)[known])
             labels.append(batch.labels[known])
+    torch.set_num_threads(1)
     s, y = torch.cat(scores).numpy(), torch.cat(labels).numpy()
     return {t.name: float(roc_auc_score(y[:, i], s[:, i])) for i, t in enumerate(config.tasks)}
 
@@ -207,34 +226,42 @@ def main() -> None:
     a = p.parse_args()
     keep_memory()
     torch.set_num_threads(1)
-    record = Record()
+    record, seconds = Record(), dict[str, float]()
     configs = {precision: load_config(a.config, [f"train.precision={precision}"]) for precision in DTYPES}
     config, ratios = configs["fp32"], Ratios()
-    for own in configs.values():
-        one_process(own, a.rounds, ratios)
+    with timed("one process", seconds):
+        for own in configs.values():
+            one_process(own, a.rounds, ratios)
     limit = Limit(config, real_batches(config))
     limits = {precision: limit(precision) for precision in DTYPES}
-    two_processes(configs, a.rounds, limits, ratios)
-    auc: dict[str, dict[str, float]] = {"plain PyTorch": plain_auc(config)}
+    with timed("two processes", seconds):
+        two_processes(configs, a.rounds, limits, ratios)
+    with timed("plain PyTorch's epoch", seconds):
+        auc: dict[str, dict[str, float]] = {"plain PyTorch": plain_auc(config)}
+    as_its_user_would()
     samples: dict[str, list[float]] = {}
-    with TemporaryDirectory() as folder:
-        for i in range(a.rounds):
-            for workers in (1, 2):
-                for precision in DTYPES:
-                    best, whole = workers * limit(precision), i == 0 and workers == 1  # an epoch once, for its AUC
-                    run = Path(folder) / f"{i}-{workers}-{precision}"
-                    result = end_to_end(a.config, config, workers, precision, run, None if whole else 64)
-                    name = f"distmtl train, {workers} Ray worker(s), {precision}, from Parquet"
-                    ratios.setdefault(name, []).append(result["samples_per_second"] / best)
-                    samples.setdefault(name, []).append(result["samples_per_second"])
-                    if whole:
-                        auc[name] = {t: m["auc"] for t, m in result["metrics"]["validation"].items()}
+
+    def note(name: str, speed: float, best: float) -> None:
+        samples.setdefault(name, []).append(speed)
+        ratios.setdefault(name, []).append(speed / best)
+
+    runs = list(product((1, 2), DTYPES))
+    for i in range(a.rounds):
+        best = {precision: limit(precision) for precision in DTYPES}  # before there is a Ray, which starts processes when it likes
+        with timed("distmtl train", seconds), ProcessPoolExecutor(1, mp.get_context("forkserver")) as pool:
+            results = pool.submit(end_to_end, a.config, runs, i == 0).result()
+        best = {precision: (before + limit(precision)) / 2 for precision, before in best.items()}
+        for (workers, precision), result in zip(runs, results, strict=True):
+            name = f"distmtl train, {workers} Ray worker(s), {precision}, from Parquet"
+            note(name, result["samples_per_second"], workers * best[precision])
+            if "validation" in result["metrics"]:
+                auc[name] = {t: m["auc"] for t, m in result["metrics"]["validation"].items()}
+        with timed("baselines", seconds):
             for loop, workers, precision in BASELINES:
-                speed = baseline(a.config, config, loop, workers, precision)
-                name = f"{loop}, {workers} process(es), {precision}, from Parquet"
-                ratios.setdefault(name, []).append(speed / (workers * limit(precision)))
-                samples.setdefault(name, []).append(speed)
-    others = peers(Path(a.config).parent)
+                speed = measure(scaled(a.config, workers, precision), loop, workers, 24 // workers)
+                note(f"{loop}, {workers} process(es), {precision}, from Parquet", speed, workers * limit(precision))
+    with timed("peers", seconds):
+        others = peers(Path(a.config).parent)
     for name, line in others.items():
         ratios[f"{name}, {line['rows']:,} rows in memory"] = [line["samples_per_cpu_second"] / limits["fp32"]]
     medians = {name: round(statistics.median(r), 3) for name, r in ratios.items()}
@@ -248,7 +275,8 @@ def main() -> None:
         "peers": others,
     }
     cpu = torch.backends.cpu.get_cpu_capability()
-    record.write(a.out, "suite", report, markdown, cpu=cpu, float32=fastest_fp32(), rounds=a.rounds)
+    spent = ", ".join(f"{stage} {s:.0f}" for stage, s in seconds.items())
+    record.write(a.out, "suite", report, markdown, cpu=cpu, float32=fastest_fp32(), rounds=a.rounds, seconds=f"({spent})")
 
 
 def markdown(report: dict[str, Any]) -> str:

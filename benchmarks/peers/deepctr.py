@@ -1,6 +1,6 @@
 """deepctr-torch's MMoE on our common model's data, through its public API: MMOE, compile, fit, predict.
 
-    build/peers/bin/python benchmarks/peers/deepctr.py data/wide [--rows N] [--fused]
+    build/peers/bin/python benchmarks/peers/deepctr.py data/wide [--rows N]
 
 Same    the features, the tables' sizes, 4 experts, gates of one layer, towers, batch, rows shuffled, Adam of 1e-3 for the dense
         part, one thread

@@ -1,6 +1,6 @@
 """torch-rechub's MMoE on our common model's data, through its public API: DataGenerator, MMOE, MTLTrainer.
 
-    build/peers/bin/python benchmarks/peers/rechub.py data/wide [--rows N] [--fused]
+    build/peers/bin/python benchmarks/peers/rechub.py data/wide [--rows N]
 
 Same    the features, the tables' sizes, 4 experts, towers, batch, rows shuffled, Adam of 1e-3 and no decay for the dense part, one thread
 Not     the tables are updated by that Adam too, with dense gradients: there is no row-wise Adagrad and no sparse gradient

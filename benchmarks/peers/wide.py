@@ -6,12 +6,13 @@ import argparse
 import json
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
-from sys import stderr
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,14 @@ from pyarrow.dataset import dataset
 Arrays = dict[str, np.ndarray]
 WARM_UP = 2  # steps that are not timed: Adam makes its state in the first
 Speeds = dict[str, float]
+ADAMS = {"default": None, "fused": True}  # torch's own choice, and its fused one, which the peers take but do not choose by themselves
 
 
 class Wide:
     """Rows of `folder`; bags become (rows, longest) with 0 where there is no id, their ids are one higher than in the file."""
 
-    def __init__(self, folder: Path, rows: int, fused: bool):
-        self.adam = {"lr": 1e-3, "fused": fused or None}  # None is torch's default
+    def __init__(self, folder: Path, rows: int):
+        self.adam: dict[str, float | None] = {"lr": 1e-3}
         config = yaml.safe_load((folder / "mmoe.yaml").read_text())
         self.batch, self.model = config["train"]["global_batch_size"], config["model"]
         self.tasks = [t["name"] for t in config["tasks"]]
@@ -82,17 +84,27 @@ class Clock:
 
 
 def run(peer: str, doc: str | None, train: Callable[[Wide], tuple[str, Speeds, Iterable[float]]]) -> None:
-    """`train` returns the peer's version, its speeds, and the validation AUC of each task. What the peer prints goes to stderr."""
+    """`train` returns the peer's version, its speeds, and the validation AUC of each task. A line for each of ADAMS, in a process of its
+    own with the data already in memory. What the peer prints goes to stderr."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path)
     p.add_argument("--rows", type=int, default=262_144)
-    p.add_argument("--fused", action="store_true", help="torch's fused Adam, which the peer takes but does not choose by itself")
     a = p.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    with redirect_stdout(stderr):
-        data = Wide(a.folder, a.rows, a.fused)
-        version, speeds, auc = train(data)
-    line = {"peer": peer, "version": version, **speeds, "rows": len(data.train[1]), "adam": "fused" if a.fused else "default"}
-    line["auc"] = {task: round(float(value), 4) for task, value in zip(data.tasks, auc, strict=True)}
-    print(json.dumps(line | {"rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
+    data = Wide(a.folder, a.rows)
+
+    def measure(adam: str) -> None:
+        data.adam["fused"] = ADAMS[adam]
+        with redirect_stdout(sys.stderr):
+            version, speeds, auc = train(data)
+        line = {"peer": peer, "version": version, **speeds, "rows": len(data.train[1]), "adam": adam}
+        line["auc"] = {task: round(float(value), 4) for task, value in zip(data.tasks, auc, strict=True)}
+        print(json.dumps(line | {"rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
+
+    for adam in ADAMS:
+        process = get_context("fork").Process(target=measure, args=(adam,))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(process.exitcode)
