@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +28,7 @@ import torch.multiprocessing as mp
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.gemms import DTYPES, Gemms, cpu_seconds, products
 from distmtl.batch import Batch
@@ -62,14 +63,19 @@ def real_batches(config: Config, count: int = BATCHES) -> list[Batch]:
 
 
 class RawTables:
-    """FBGEMM's table-batched embedding bags, fed with the ids of real batches, without TorchRec."""
+    """FBGEMM's table-batched embedding bags, fed with the ids of real batches, without TorchRec.
 
-    def __init__(self, config: Config, batches: list[Batch]):
-        tables = config.tables_read
+    Args:
+        features: names of those whose tables these are; default: all.
+    """
+
+    def __init__(self, config: Config, batches: list[Batch], features: Sequence[str] | None = None):
+        table_of = {f.name: f.table_name for f in config.embedded if features is None or f.name in features}
+        tables = {name: size for name, size in config.tables_read.items() if name in table_of.values()}
         names = list(tables)
         self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
             [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, dim in tables.values()],
-            feature_table_map=[names.index(f.table_name) for f in config.embedded],
+            feature_table_map=[names.index(table) for table in table_of.values()],
             optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             learning_rate=0.05,
             eps=1e-8,
@@ -77,7 +83,7 @@ class RawTables:
         )
         for weights in self.tbe.split_embedding_weights():
             weights.uniform_(-0.01, 0.01)
-        self.inputs = [(b.sparse.values(), b.sparse.offsets().long()) for b in batches]
+        self.inputs = [(ids.values(), ids.offsets().long()) for ids in (_of_features(b.sparse, list(table_of)) for b in batches)]
         out = self.tbe(*self.inputs[0])
         self.gradient, self.next = torch.randn_like(out) * 1e-3, 0
 
@@ -85,6 +91,10 @@ class RawTables:
         values, offsets = self.inputs[self.next % len(self.inputs)]
         self.next += 1
         self.tbe(values, offsets).backward(self.gradient)
+
+
+def _of_features(ids: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
+    return ids if names == ids.keys() else ids.permute([ids.keys().index(name) for name in names])
 
 
 class RandomRows:

@@ -1,6 +1,7 @@
 """The loops that distmtl is measured against, on the same batches, model and optimizers. Each is one object; `train(batches)` trains.
 
 InMemory   what is possible: raw FBGEMM tables, our head, fused Adam; no TorchRec, no reader, no framework
+OverGloo   what is possible in two processes: the same with half of the tables each, vectors and gradients over gloo, no ids
 TorchRec   TorchRec as its examples use it: DistributedModelParallel, the experts a list of nn.Linear; `tuned` with our head
 PyTorch    plain PyTorch as a good engineer writes it in an hour: nn.EmbeddingBag with sparse gradients
 """
@@ -81,6 +82,60 @@ class InMemory:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+
+
+class OverGloo:
+    """Two processes that hold every other feature's table, and have the ids of both processes' rows without asking for them (both times
+    their own). Vectors go to the rows and their gradients back in one all-to-all each, in the head's precision, dense gradients
+    into one all-reduce, which is awaited after the tables' update."""
+
+    def __init__(self, config: Config, batches: list[Batch]):
+        rank, self.rows = dist.get_rank(), len(batches[0].rows)
+        self.tables = RawTables(config, batches, [f.name for f in config.embedded[rank::2]])
+        self.inputs = {b.step: _twice(*given, self.rows) for b, given in zip(batches, self.tables.inputs, strict=True)}
+        self.head, self.dense = Head(config, Layout.of(config)), DenseColumns(config)
+        initialise_dense(self.head, config.run.seed)
+        self.dtype = torch.bfloat16 if self.head.bf16 else torch.float32
+        parameters = [*self.dense.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
+        self.gradients, start = torch.zeros(sum(p.numel() for p in parameters)), 0
+        for p in parameters:
+            p.grad = self.gradients[start : start + p.numel()].view_as(p)
+            start += p.numel()
+
+    def train(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            self._step(batch)
+
+    def _step(self, batch: Batch) -> None:
+        pooled = self.tables.tbe(*self.inputs[batch.step])  # (2 B, width of this half)
+        halves = _exchanged(pooled.detach().to(self.dtype)).view(2, self.rows, -1)
+        x = torch.cat([*halves, self.dense(batch.dense).to(self.dtype)], dim=1).requires_grad_()
+        loss = loss_of(self.head(Features((x,))), batch.labels)
+        self.gradients.zero_()
+        loss.backward()
+        assert x.grad is not None
+        summed = dist.all_reduce(self.gradients, async_op=True)
+        width = pooled.shape[1]
+        back = torch.cat([x.grad[:, :width], x.grad[:, width : 2 * width]])
+        pooled.backward(_exchanged(back).view_as(pooled).float())
+        summed.wait()
+        self.optimizer.step()
+
+
+def _exchanged(sent: Tensor) -> Tensor:
+    """Half of it goes to the other of two processes."""
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    return received
+
+
+def _twice(values: Tensor, offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The ids of every feature's rows, and once more."""
+    lengths = offsets.diff().view(-1, rows)
+    of_features = values.split(lengths.sum(1).tolist())
+    twice = torch.cat([lengths, lengths], dim=1).flatten()
+    return torch.cat([ids for of in of_features for ids in (of, of)]), torch.cat([twice.new_zeros(1), twice.cumsum(0)])
 
 
 class TorchRec:

@@ -31,7 +31,7 @@ import torch.multiprocessing as mp
 from benchmarks.baselines import measure
 from benchmarks.gemms import DTYPES, cpu_seconds
 from benchmarks.limit import Limit, keep_memory, reader_of, real_batches
-from benchmarks.loops import InMemory, PyTorch, TorchRec
+from benchmarks.loops import InMemory, OverGloo, PyTorch, TorchRec
 from benchmarks.record import Record
 from distmtl.batch import Batch
 from distmtl.cluster.trainer import KEEP_MEMORY, session, train_on_ray
@@ -88,6 +88,8 @@ def loops(config: Config, process: Any, batches: list[Batch]) -> dict[str, Calla
         out["in memory, raw FBGEMM"] = InMemory(config, batches).train
         if config.train.precision == "fp32":
             out["plain PyTorch"] = with_defaults(PyTorch(config).train)
+    else:
+        out["in memory, raw FBGEMM over gloo"] = OverGloo(config, batches).train
     return out
 
 
