@@ -43,7 +43,7 @@ chaos: install-dev ## 24 random failures against a run on several nodes, on a fi
 	@$(BIN)/python tests/chaos.py --workers 2
 	@$(BIN)/python tests/chaos.py --workers 1-2
 
-bench: data/wide/mmoe.yaml ## ratios to the machine's limit, beside TorchRec, PyTorch and peers; about 14 minutes, on a quiet machine
+bench: data/wide/mmoe.yaml ## ratios to the machine's limit, beside TorchRec, PyTorch and peers; 15 minutes, on a quiet machine
 	@$(BIN)/python -m benchmarks.suite data/wide/mmoe.yaml
 
 bench-check: data/wide/mmoe.yaml ## the same, failing where a ratio has dropped by more than 15 % since the committed results

@@ -130,7 +130,8 @@ def decode(dataset: Dataset, columns: list[str], rows: int) -> int:
 def exchange_bytes(config: Config, batch: Batch, dense_parameters: int) -> dict[str, int]:
     """What one of two workers sends in a step: half of its rows' ids and vectors go to the other, and as many gradients back."""
     rows = len(batch.rows)
-    vectors = rows * sum(f.dim for f in config.embedded) * config.copies * 4 // 2
+    width = 2 if config.exchange == "bf16" else 4
+    vectors = rows * sum(f.dim for f in config.embedded) * config.copies * width // 2
     ids = (batch.sparse.values().numel() * 8 + batch.sparse.lengths().numel() * 4) // 2
     return {"all-to-all": ids + 2 * vectors, "all-reduce": dense_parameters * 4}
 

@@ -1,7 +1,7 @@
 """The loops that distmtl is measured against, on the same batches, model and optimizers. Each is one object; `train(batches)` trains.
 
 InMemory   what is possible: raw FBGEMM tables, our head, fused Adam; no TorchRec, no reader, no framework
-OverGloo   what is possible in two processes: the same with half of the tables each, vectors and gradients over gloo, no ids
+OverGloo   the same in two processes with half of the tables each: vectors and gradients over gloo, no ids
 TorchRec   TorchRec as its examples use it: DistributedModelParallel, the experts a list of nn.Linear; `tuned` with our head
 PyTorch    plain PyTorch as a good engineer writes it in an hour: nn.EmbeddingBag with sparse gradients
 """
@@ -91,6 +91,7 @@ class OverGloo:
 
     def __init__(self, config: Config, batches: list[Batch]):
         rank, self.rows = dist.get_rank(), len(batches[0].rows)
+        assert len({sum(f.dim for f in config.embedded[half::2]) for half in (0, 1)}) == 1, "the halves are not as wide as each other"
         self.tables = RawTables(config, batches, [f.name for f in config.embedded[rank::2]])
         self.inputs = {b.step: _twice(*given, self.rows) for b, given in zip(batches, self.tables.inputs, strict=True)}
         self.head, self.dense = Head(config, Layout.of(config)), DenseColumns(config)

@@ -24,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -152,6 +153,13 @@ def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
+def settle() -> None:
+    """Wait, at most 15 s, until what was ended is gone: Ray's processes take their time, and cores."""
+    for _ in range(15):
+        if psutil.cpu_percent(1) < 10:
+            return
+
+
 def as_its_user_would() -> None:
     """What is started from here on has one thread and torch's own settings of memory. This process has long read its own."""
     for name in KEEP_MEMORY:
@@ -169,13 +177,13 @@ def end_to_end(path: str, runs: list[tuple[int, str]], whole: bool) -> list[dict
     """What `distmtl train` does, from Parquet to updated tables, once for each run, in one Ray; result.json of each.
 
     Args:
-        whole: one worker trains an epoch and evaluates it, instead of 64 steps.
+        whole: one worker trains an epoch and evaluates it, instead of 56 steps.
     """
     results = []
     with TemporaryDirectory() as folder, session(scaled(path, 2, "fp32").cluster):
         for workers, precision in runs:
             overrides = [f"run.dir={folder}/{workers}-{precision}", "train.log_every=10", "data.test=null"]
-            overrides += [] if whole and workers == 1 else [f"train.steps={64 // workers}", "data.validation=null"]
+            overrides += [] if whole and workers == 1 else [f"train.steps={56 // workers}", "data.validation=null"]
             results.append(train_on_ray(scaled(path, workers, precision, *overrides), report=lambda record: None))
     return results
 
@@ -252,6 +260,7 @@ def main() -> None:
         best = {precision: limit(precision) for precision in DTYPES}  # before there is a Ray, which starts processes when it likes
         with timed("distmtl train", seconds), ProcessPoolExecutor(1, mp.get_context("forkserver")) as pool:
             results = pool.submit(end_to_end, a.config, runs, i == 0).result()
+        settle()
         best = {precision: (before + limit(precision)) / 2 for precision, before in best.items()}
         for (workers, precision), result in zip(runs, results, strict=True):
             name = f"distmtl train, {workers} Ray worker(s), {precision}, from Parquet"

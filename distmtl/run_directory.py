@@ -234,8 +234,16 @@ def finished(config: Config, digests: dict[str, str]) -> dict[str, Any] | None:
 
 def _what_counts(config: Config) -> dict[str, Any]:
     """A config without where and how it is run, and who is told."""
-    raw = config.model_dump(mode="json", exclude={"name": True, "cluster": True, "tracking": True, "run": {"dir"}})
-    raw["train"] = {k: v for k, v in raw["train"].items() if k not in ("log_every", "keep", "save_in_background")}
+    raw = _as_meant(config)
+    free = {"run": ("dir",), "data": ("prefetch", "threads"), "train": ("log_every", "keep", "save_in_background")}
+    raw |= {section: {k: v for k, v in raw[section].items() if k not in keys} for section, keys in free.items()}
+    return {section: values for section, values in raw.items() if section not in ("name", "cluster", "tracking")}
+
+
+def _as_meant(config: Config) -> dict[str, Any]:
+    """The config, with what a default follows from put in its place: configs that mean the same are the same."""
+    raw = config.model_dump(mode="json")
+    raw["sharding"]["exchange"] = config.exchange
     return raw
 
 
@@ -256,7 +264,7 @@ def _same(new: Config, old: Config, where: str, free: tuple[str, ...], matching:
     """
     if new.optimizer.schedule.decay == "none":
         free += FREE_WITHOUT_DECAY
-    a, b = flat(new.model_dump(mode="json")), flat(old.model_dump(mode="json"))
+    a, b = flat(_as_meant(new)), flat(_as_meant(old))
     differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     differing = [
         k for k in differing if not _is_one_of(k, free) or {"oov", "quotient"} & {str(a.get(k)), str(b.get(k))}

@@ -583,6 +583,15 @@ def test_reordered_features_are_another_config(copied, refused):
     assert "features.item.rows: 50 there, 60 now" in refused(raw)
 
 
+def test_an_exchange_that_is_written_out_is_the_one_that_it_would_be(copied, refused):
+    text = (copied / "run/config.yaml").read_text()
+    assert "exchange: null" in text
+    for written, words in (("fp32", []), ("bf16", ["sharding.exchange: 'bf16' there, 'fp32' now"])):
+        (copied / "run/config.yaml").write_text(text.replace("exchange: null", f"exchange: {written}"))
+        message = refused(config_of(copied, train=LONG, run={"seed": 5}))  # refused in any case
+        assert message.count("\n") == 1 + len(words) and all(w in message for w in words)
+
+
 def test_a_longer_run_is_another_where_the_learning_rate_decays(copied, refused):
     raw = config_of(copied, train=LONG, optimizer={"schedule": {"decay": "cosine"}})
     message = refused(raw)

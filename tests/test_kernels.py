@@ -48,6 +48,21 @@ class Passed(torch.autograd.Function):
         return gradient, None, None
 
 
+def test_a_late_weight_read_twice_in_bf16_gets_the_sum_of_both_at_every_backward():
+    x, weight, bias = torch.randn(B, 5, requires_grad=True), torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    found = []
+    for late in (None, Late(weight)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sum(out.float().square().sum() for out in linear_relu([x] * 3, weight, bias, late))
+            loss = loss + sum(out.float().sum() for out in linear_relu([2 * x, x, x], weight, bias, late))
+        of_once, _ = torch.autograd.grad(loss, (weight, x), retain_graph=True)
+        of_twice, of_x = torch.autograd.grad(loss, (weight, x))
+        assert of_once.dtype == torch.float32 and torch.equal(of_once, of_twice)
+        found.append((of_twice, of_x))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=2**-7, atol=1e-2)  # a sum of two in bf16, and in float32
+    assert torch.equal(found[1][1], found[0][1])
+
+
 def test_a_late_weight_gets_the_same_gradient_after_what_was_called_later():
     leaf, weight, bias, log = normal(B, 5), normal(3, 4, 5), normal(3, 4), []
     weight.register_post_accumulate_grad_hook(lambda _: log.append("weight"))

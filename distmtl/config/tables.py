@@ -82,6 +82,6 @@ class ShardingConfig(Strict):
     init_scale: PositiveFloat = Field(0.05, description="Initial table weights are uniform in ±init_scale.")
     exchange: Precision | None = Field(
         None,
-        description="In which pooled vectors and their gradients travel between workers; default: `train.precision`, in which the head "
-        "reads them. bf16 halves the bytes, and rounds what an fp32 head would read exactly.",
+        description="In which embeddings and their gradients travel between workers: bf16 halves the bytes. Default: pooled ones in "
+        "`train.precision`, in which the head reads them, those of lists in fp32, in which they are pooled.",
     )

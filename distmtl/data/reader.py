@@ -24,7 +24,7 @@ from distmtl.data.rows import Part, Rows, batch_of
 from distmtl.errors import DistmtlError
 
 DECODE_ROWS = 8192  # rows decoded at a time, per open row group
-OPEN_FILES = 32  # kept open beside those being read: opening again means to read the footer again
+OPEN_FILES = 32  # that a thread keeps open beside those being read: opening again means to read the footer again
 
 
 @dataclass(frozen=True)

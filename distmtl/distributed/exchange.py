@@ -14,9 +14,7 @@ from distmtl.config import Config
 
 class _Rounded(NoOpQuantizedCommCodec[Any]):
     """bfloat16 on the way and on arrival: what reads the vectors casts them (kernels.side_by_side), and writes gradients in their
-    precision. A bf16 head reads them in bfloat16 anyway: then nothing is rounded that would not be, and no pass over them is added."""
-
-    quantized_dtype = torch.bfloat16  # a property of what it stands in for
+    precision. Sums from one rank that a bf16 head reads are rounded as it would have rounded them, and no pass over them is added."""
 
     def encode(self, input_tensor: Tensor, ctx: Any = None) -> Tensor:
         return input_tensor.bfloat16()
@@ -30,10 +28,14 @@ class _Widened(_Rounded):
 
 
 def codecs(config: Config, world_size: int) -> dict[str, Any] | None:
-    """For every way from rank to rank that TorchRec knows; None: in float32."""
+    """For every way from rank to rank that TorchRec knows; None: in float32. Vectors of lists, which are pooled in float32 where they
+    arrive, are rounded only where `sharding.exchange` says so."""
     if world_size == 1 or config.exchange == "fp32":
         return None
-    bf16 = QCommsConfig(forward_precision=CommType.BF16, backward_precision=CommType.BF16)
-    every = get_qcomm_codecs_registry(bf16, device=torch.device("cuda"))  # which on "cpu" would make it float16, too narrow for gradients
-    pooled = (CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL, CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER)
-    return (every or {}) | {op.name: QuantizedCommCodecs(forward=_Rounded(), backward=_Widened()) for op in pooled}
+    pooled = QuantizedCommCodecs(forward=_Rounded(), backward=_Widened())
+    every: dict[str, Any] = {op.name: pooled for op in (CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL, CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER)}
+    if config.sharding.exchange:
+        bf16 = QCommsConfig(forward_precision=CommType.BF16, backward_precision=CommType.BF16)
+        device = torch.device("cuda")  # on "cpu" it would be float16, too narrow for gradients
+        every |= get_qcomm_codecs_registry(bf16, [CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL], device) or {}
+    return every

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distmtl.config import (
@@ -64,16 +65,18 @@ class Head(nn.Module):
         self.mixture: Cut | None = getattr(self.sharing, "cut", None)  # that has the gates of the last training step, if there are any
         width, dropout = self.sharing.output_width, getattr(config.network, "dropout", 0.0)
         self.towers = nn.ModuleList(Tower(width, t.tower, output_layer(t, width_of(t, width)), dropout) for t in config.tasks)
-        self.postponed = [m for m in self.sharing.modules() if isinstance(m, Experts)]
+        self.postponed = [m for m in self.sharing.modules() if isinstance(m, Experts) and m.weights[0].shape[2] == layout.width]
         self.imputed = imputed(config)
         self.imputation = nn.ModuleList(
             Tower(width, t.tower, Output(width_of(t, width)), dropout) for t in (config.tasks[i] for i in self.imputed)
         )
 
     def postpone(self) -> None:
-        """To be called when a batch's lookups are under way to other ranks, before they are waited for (kernels.Late)."""
-        for experts in self.postponed:
-            experts.postpone()
+        """To be called when a batch's lookups are under way to other ranks, before they are waited for: gradients of the weights that read
+        feature vectors can then be found while those vectors' gradients are on their way back (kernels.Late)."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for experts in self.postponed:
+                experts.postpone()
 
     def forward(self, features: Features) -> Tensor:
         with torch.autocast(features.x.device.type, torch.bfloat16, enabled=self.bf16):

@@ -38,9 +38,9 @@ def linear_relu(xs: Sequence[Tensor], weight: Tensor, bias: Tensor, late: Late |
     """
     inputs = {id(x): x for x in xs}
     place = {key: i for i, key in enumerate(inputs)}
-    weight, bias, *given = _cast(weight.detach() if late else weight, bias, *inputs.values())
-    reads = tuple(place[id(x)] for x in xs)
-    return list(_LinearReLU.apply(reads, late and late.work, late.token if late else weight, weight, bias, *given))
+    weight, bias, *given = _cast(weight, bias, *inputs.values())
+    reads, owner = tuple(place[id(x)] for x in xs), late.token if late else weight
+    return list(_LinearReLU.apply(reads, late and late.work, owner, weight.detach(), bias, *given))
 
 
 def mix(gates: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
@@ -124,8 +124,8 @@ def _runs(node: Any) -> bool:
 
 
 class _LinearReLU(torch.autograd.Function):
-    """Arguments: for every layer the number of its input; where to leave the work of the weight's gradient, or None; the weight itself,
-    or what stands for it (Late); weight, bias, the distinct inputs."""
+    """Arguments: for every layer the number of its input; where to leave the work of the weight's gradient, or None; what has that
+    gradient, the weight or what stands for it (Late); the weight as numbers, bias, the distinct inputs."""
 
     @staticmethod
     def forward(
@@ -145,19 +145,20 @@ class _LinearReLU(torch.autograd.Function):
         needs_weight, _, needs_bias, *needs = _wanted(ctx)
         of_bias = weight.new_empty(weight.shape[:2]) if needs_bias else None
         of_weight = torch.empty_like(weight) if needs_weight and ctx.late is None else None
-        layers: list[tuple[Tensor, Tensor]] = []
+        later: list[tuple[Tensor, Tensor]] = []
         for e, (i, gradient, output) in enumerate(zip(ctx.reads, gradients, outputs, strict=True)):
             g = _relu_backward(gradient, output)
-            layers.append((g, inputs[i]))
             if of_weight is not None:
-                _products(of_weight[e : e + 1], layers[-1:])
+                torch.mm(g.T, inputs[i], out=of_weight[e])
+            elif needs_weight:
+                later.append((g, inputs[i]))
             if of_bias is not None:
                 torch.sum(g, 0, out=of_bias[e])
             if needs[i]:
                 so_far = of_inputs[i]
                 of_inputs[i] = g @ weight[e] if so_far is None else so_far.addmm_(g, weight[e])
-        if needs_weight and ctx.late is not None:
-            ctx.late.append(lambda: _products(torch.empty_like(weight), layers))
+        if later:
+            ctx.late.append(lambda: _products(torch.empty_like(weight), later))
         return None, None, of_weight, None, of_bias, *of_inputs
 
 

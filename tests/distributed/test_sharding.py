@@ -87,7 +87,7 @@ def order_of_backward(config: Config) -> list[str]:
 
     def noted(output, input, *args, **kwargs):  # as torch calls it
         if input.is_floating_point():
-            log.append("sent")
+            log.append(f"sent in {input.dtype}")
         return send(output, input, *args, **kwargs)
 
     with process_group(config) as process:
@@ -100,9 +100,14 @@ def order_of_backward(config: Config) -> list[str]:
     return log
 
 
-def test_vectors_gradients_travel_while_weight_gradients_are_found(tiny_data, tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "exchange", "sent"), [("fp32", None, "float32"), ("bf16", None, "bfloat16"), ("bf16", "fp32", "float32")]
+)
+def test_vectors_gradients_travel_while_weight_gradients_are_found(tiny_data, tmp_path, precision, exchange, sent):
     config = config_for(tiny_data, tmp_path, "table_wise", "sgd")
-    vectors, gradients = "sent", "sent"
+    train, sharding = (config.train.model_copy(update={"precision": precision}), config.sharding.model_copy(update={"exchange": exchange}))
+    vectors = gradients = f"sent in torch.{sent}"
+    config = config.model_copy(update={"train": train, "sharding": sharding})
     assert run_world(order_of_backward, 2, config)[0] == [vectors, gradients, "weight"]
 
 
