@@ -30,6 +30,8 @@ from typing import Literal
 
 import psutil
 
+from distmtl.machine import available_cores, cgroup_memory_limit
+
 Level = Literal["ok", "warning", "problem"]
 
 PYTHONS = ((3, 11), (3, 12))
@@ -249,20 +251,6 @@ def check_devices(probe: Probe) -> Iterable[Finding]:
         yield Finding("ok", "devices", "CPU only")
 
 
-def available_cores() -> int:
-    """Cores this process may use: affinity, and the cgroup's quota where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, int(cgroup_quota(cores))))
-
-
-def cgroup_quota(default: float) -> float:
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return default if quota == "max" else float(quota) / float(period)
-    except (OSError, ValueError):
-        return default
-
-
 def check_threads(probe: Probe) -> Iterable[Finding]:
     cores, machine = available_cores(), os.cpu_count() or 1
     threads = probe.stages.get("torch", {}).get("threads")
@@ -291,13 +279,6 @@ def check_memory() -> Iterable[Finding]:
         yield Finding("warning", "memory", text, "a worker takes about 1 GiB before its tables: use fewer --workers or a larger machine")
     else:
         yield Finding("ok", "memory", text)
-
-
-def cgroup_memory_limit() -> int | None:
-    try:
-        return int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # not in a container, or the word "max"
-        return None
 
 
 def gib(size: float) -> str:

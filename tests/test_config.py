@@ -175,6 +175,14 @@ ONE = {  # place, value → the only mistake
     ),
     "batch": ("train.global_batch_size", 100, "train.global_batch_size 100 is not divisible by data.num_streams 8; try 96"),
     "small batch": ("train.global_batch_size", 5, "train.global_batch_size 5 is not divisible by data.num_streams 8; try 8"),
+    "a cache of a table on the device": (
+        "tables", {"item": {"cache": 0.2}},
+        "tables.item: cache is of memory cached alone, and memory is device; set memory: cached, or leave cache out",
+    ),
+    "a cache of a table in host memory": (
+        "tables", {"item": {"memory": "host", "cache": 0.1}},
+        "tables.item: cache is of memory cached alone, and memory is host; set memory: cached, or leave cache out",
+    ),
     "column split": (
         "tables", {"item": {"sharding": ["column_wise"]}},
         "table 'item': column_wise cannot train with rowwise_adagrad, whose one momentum per row would differ in every column shard; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from torchrec.distributed.types import CacheParams
 from worlds import run_world
 
 from distmtl.__main__ import main
@@ -158,6 +160,63 @@ def test_a_table_that_may_not_be_split_fits_nowhere():
     c = config([("t", 10_000_000, 64)], sharding={"types": ["table_wise"]})
     found = smallest_world(c, Hardware(hbm_gb=1), [])
     assert isinstance(found, str) and "'t' may only lie whole on one rank (2.4 GiB); let it be row_wise" in found
+
+
+@pytest.mark.parametrize("memory", ["host", "cached"])
+def test_smallest_world_of_a_whole_table_in_host_memory(memory):
+    """Whether it fits is the host's matter, not the device's; on CPU there is only one memory."""
+    c = config([("t", 10_000_000, 64)], tables={"t": {"memory": memory, "sharding": ["table_wise"]}})
+    found = smallest_world(c, Hardware(hbm_gb=1), [])
+    assert not isinstance(found, str) and found.world_size == 1 and found.host[0] > 2.4 * GIB
+    for small in (Hardware(ddr_gb=2), Hardware.of("cpu", ddr_gb=2)):
+        assert "'t' may only lie whole on one rank (2.4 GiB)" in smallest_world(c, small, [])
+    large = config([("t", 10_000_000, 64)], tables={"t": {"memory": "cached", "cache": 0.9, "sharding": ["table_wise"]}})
+    assert "'t' may only lie whole on one rank (2.1 GiB)" in smallest_world(large, Hardware(hbm_gb=1), [])
+
+
+def test_host_memory_that_lacks_is_named():
+    c = config([("t", 10_000_000, 64), ("s", 1_000, 64)], tables={"t": {"memory": "host"}})
+    misfit = plan_world(c, Hardware(ddr_gb=2), 1).misfit
+    assert "table 't' (10,000,000 rows x 64) does not fit by itself: table_wise, one rank would hold 2.4 GiB, " in misfit[0]
+    assert "2.0 GiB of host memory for tables (of 2.0 GiB)" in misfit[0]
+    assert misfit[1].startswith("all tables together need 2.4 GiB of host memory, 1 rank(s) have 2.0 GiB") and len(misfit) == 2
+
+
+def test_what_lies_in_host_memory_is_not_moved_there():
+    """Of 12.1, 6.1 and 2.9 GiB on 3.8 GiB the largest is there, the next follows, and where a fifth of it is too much the last."""
+    c = config([("t", 50_000_000, 64), ("u", 25_000_000, 64), ("v", 12_000_000, 64)], tables={"t": {"memory": "host"}})
+    report = make_report(c, Hardware(hbm_gb=4.5), [1])
+    assert not report.fits and [h.tables for h in report.host] == [["u", "v"], ["u"], ["u"]] and all(h.world.fits for h in report.host)
+    alone = config([("t", 50_000_000, 64)], tables={"t": {"memory": "host"}})
+    report = make_report(alone, Hardware(ddr_gb=2), [1])
+    assert not report.fits and report.host == [] and "of host memory" in report.text()
+
+
+def no_plan(change: dict[str, Any], hardware: Hardware, world_size: int = 1, **sections: Any) -> str:
+    """What training says, of an error of TorchRec's own."""
+    c, topology = config([("t", 10_000_000, 64), ("s", 1_000, 64)], **sections), hardware.topology(world_size)
+    allowed = planner.constraints(c, world_size, world_size, "cuda")
+    allowed = {t: replace(a, **change) if t == "t" else a for t, a in allowed.items()}
+    with pytest.raises(planner.PlannerError) as e:
+        planner.make_planner(c, topology, allowed).plan(offline_model(c, "cuda"), planner.sharders())
+    return planner._no_plan(e.value, allowed, "cuda")
+
+
+def test_why_there_is_no_plan():
+    hint, small, whole = "keep the largest tables in host memory", Hardware(hbm_gb=1), {"sharding_types": ["table_wise"]}
+    assert "insufficient storage; `distmtl plan`" in no_plan({}, small) and hint in no_plan({}, small)
+    assert hint in no_plan(whole, Hardware(hbm_gb=2), 4)  # one rank's memory is too small, theirs together is not: "strict constraints"
+    there = {"t": {"memory": "host"}, "s": {"memory": "host"}}
+    assert hint not in no_plan({}, Hardware(ddr_gb=1), tables=there)
+    wrong = no_plan({"compute_kernels": ["fused_uvm_caching"], "cache_params": CacheParams(load_factor=1.5)}, Hardware())
+    assert "1 violation(s): " in wrong and ".t: fused_uvm_caching requires cache_load_factor strictly between 0 and 1, got 1.5" in wrong
+    assert hint not in wrong and "\n" not in wrong
+    # Whatever the constraints forbid besides: no config is known that leads there.
+    other = planner.PlannerError(
+        "Unable to find a plan because of the strict constraints. \nGrid …", planner.PlannerErrorType.STRICT_CONSTRAINTS
+    )
+    said = planner._no_plan(other, planner.constraints(config(), 1, 1, "cuda"), "cuda")
+    assert hint not in said and said.startswith("Unable to find a plan because of the strict constraints; `distmtl plan` tells")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from distmtl.config.base import Precision, Strict, Unit
 
@@ -67,7 +67,15 @@ class TableConfig(Strict):
         description="CUDA: where the table and its optimizer's state lie. `host` is read over the bus at every lookup; `cached` is host "
         "memory with rows lately used on the device. For tables larger than the device's memory. On CPU all lie in host memory.",
     )
-    cache: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.2, description="Share of its rows that `memory: cached` keeps on the device.")
+    cache: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="Share of its rows that `memory: cached` keeps on the device; default: 0.2."
+    )
+
+    @model_validator(mode="after")
+    def _cache_is_of_cached(self):
+        if self.cache is not None and self.memory != "cached":
+            raise ValueError(f"cache is of memory cached alone, and memory is {self.memory}; set memory: cached, or leave cache out")
+        return self
 
 
 class ShardingConfig(Strict):

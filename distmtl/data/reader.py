@@ -22,6 +22,7 @@ from distmtl.data.dataset import Dataset
 from distmtl.data.order import EpochOrder, steps_per_epoch, streams_of
 from distmtl.data.rows import Part, Rows, batch_of
 from distmtl.errors import DistmtlError
+from distmtl.machine import available_cores
 
 DECODE_ROWS = 8192  # rows decoded at a time, per open row group
 OPEN_FILES = 32  # that a thread keeps open beside those being read: opening again means to read the footer again
@@ -122,7 +123,7 @@ def decoding_threads(config: Config, device: torch.device) -> int:
     """Of one rank. Beside training on CPU every core is the head's already."""
     if config.data.threads or device.type == "cpu":
         return config.data.threads or 1
-    return min(max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2, 1), 8)
+    return min(max(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2, 1), 8)
 
 
 def every_row(dataset: Dataset, collate: Collator, config: Config, rank: int, world_size: int, threads: int) -> Reader:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Generator
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,15 +15,17 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, Proposer, ShardingOption
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType, Proposer, ShardingOption
 from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan
 
 from distmtl.config import SEQUENCE_SHARDING, Config, TableConfig
 from distmtl.distributed.plan import KERNELS
 from distmtl.distributed.process import Process
 from distmtl.errors import DistmtlError
+from distmtl.machine import usable_memory
 
 GLOO_BANDWIDTH = 2**30 / 1000  # bytes per ms that a rank sends on CPU, over loopback; with NVLink's, TorchRec's default, all is cut in rows
+CACHE = 0.2  # share of its rows that a cached table keeps on the device, unless it says otherwise; TorchRec's own default
 SEARCH = 150_000  # shards that one proposer may weigh, at 20 to 50 µs each
 
 
@@ -67,7 +68,7 @@ def constraints(config: Config, local_world_size: int, world_size: int, device: 
         out[name] = ParameterConstraints(
             sharding_types=list(types),
             compute_kernels=[KERNELS[memory]],
-            cache_params=CacheParams(load_factor=table.cache) if memory == "cached" else None,
+            cache_params=CacheParams(load_factor=table.cache or CACHE) if memory == "cached" else None,
             min_partition=min(dim, 32),
             pooling_factors=readers[name],
         )
@@ -181,14 +182,25 @@ def make_plan(model: nn.Module, config: Config, process: Process) -> ShardingPla
     own: dict[str, Any] = {"intra_host_bw": GLOO_BANDWIDTH, "inter_host_bw": GLOO_BANDWIDTH}
     if process.device.type == "cuda":
         hbm = torch.cuda.get_device_properties(process.device).total_memory
-        own = {"hbm_cap": hbm, "ddr_cap": psutil.virtual_memory().total // local}
+        own = {"hbm_cap": hbm, "ddr_cap": usable_memory() // local}
     topology = Topology(process.world_size, process.device.type, local_world_size=local, **own)
-    planner = make_planner(config, topology, constraints(config, local, process.world_size, process.device.type))
+    allowed = constraints(config, local, process.world_size, process.device.type)
+    planner = make_planner(config, topology, allowed)
     try:
         return planner.collective_plan(model, sharders(), dist.group.WORLD)
     except PlannerError as e:
-        host = "; or keep the largest tables in host memory (tables.NAME.memory: cached)" if process.device.type == "cuda" else ""
-        raise DistmtlError(
-            f"no sharding plan for {process.world_size} worker(s): {str(e).strip().splitlines()[0].rstrip(' .')}; "
-            f"`distmtl plan` tells which tables do not fit and how many workers would hold them{host}"
-        ) from None
+        raise DistmtlError(f"no sharding plan for {process.world_size} worker(s): {_no_plan(e, allowed, process.device.type)}") from None
+
+
+def _no_plan(error: PlannerError, allowed: dict[str, ParameterConstraints], device: str) -> str:
+    """Why there is none, and what helps."""
+    first, *more = str(error).strip().splitlines()
+    if error.error_type is PlannerErrorType.INVALID_COMPUTE_KERNEL:  # the first line only counts them
+        return f"{first} {', '.join(line.strip(' -') for line in more)}; choose another tables.NAME.memory or sharding"
+    remedy = "`distmtl plan` tells which tables do not fit and how many workers would hold them"
+    # Of shards that no single rank can hold TorchRec blames the constraints; only its partitioner's words tell.
+    small = any(words in str(error) for words in ("Couldn't find a rank", "does not fit on any rank"))
+    lacking = small or error.error_type is PlannerErrorType.INSUFFICIENT_STORAGE
+    if device == "cuda" and lacking and any(c.compute_kernels == [KERNELS["device"]] for c in allowed.values()):
+        remedy += "; or keep the largest tables in host memory (tables.NAME.memory: cached)"
+    return f"{first.rstrip(' .')}; {remedy}"

@@ -29,7 +29,7 @@ from distmtl.storage import write_whole
 FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL = "model.pt2"
-SERVED = ("features", "tables", "interaction", "model", "tasks")  # sections of the config that serving goes by
+SERVED = ("features", "interaction", "model", "tasks")  # sections of the config that serving goes by; `tables` is of training alone
 RowFormat = Literal["fp32", "fp16", "int8"]
 
 

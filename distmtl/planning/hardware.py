@@ -54,6 +54,6 @@ class Hardware:
             ddr_mem_bw=self.ddr_gb_s * BYTES_PER_MS,
         )
 
-    def memory_in(self, topology: Any) -> float:
-        """Bytes of a rank, where tables live."""
-        return float(getattr(topology.devices[0].storage, self.memory))
+    def memory_in(self, topology: Any, memory: str | None = None) -> float:
+        """Bytes of a rank, where tables live unless they say otherwise, or in TorchRec's `memory`."""
+        return float(getattr(topology.devices[0].storage, memory or self.memory))

@@ -10,7 +10,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams
 
 from distmtl.config import Config
-from distmtl.distributed.plan import optimizer_bytes
+from distmtl.distributed.plan import KERNELS, optimizer_bytes
 from distmtl.distributed.planner import BisectingProposer, constraints
 from distmtl.planning.hardware import Hardware
 from distmtl.planning.numbers import gib
@@ -24,8 +24,11 @@ def smallest_world(config: Config, hardware: Hardware, tried: list[World]) -> Wo
     """The fewest ranks (a power of two within a node, then whole nodes) that hold the tables, or why none was found."""
     node, tables = hardware.ranks_per_node, {t: 4 * rows * dim for t, (rows, dim) in config.tables_read.items()}
     for table, c in constraints(config, node, node + 1, hardware.device).items():
-        if set(c.sharding_types) == {"table_wise"} and tables[table] > hardware.memory_in(hardware.topology(1)):
-            return f"none: table {table!r} may only lie whole on one rank ({gib(tables[table])}); let it be row_wise"
+        needs = {hardware.memory: 1.0} if c.compute_kernels == [KERNELS["device"]] else {"ddr": 1.0}
+        needs |= {"hbm": c.cache_params.load_factor} if c.cache_params else {}
+        for memory, share in needs.items():
+            if set(c.sharding_types) == {"table_wise"} and share * tables[table] > hardware.memory_in(hardware.topology(1), memory):
+                return f"none: table {table!r} may only lie whole on one rank ({gib(share * tables[table])}); let it be row_wise"
     known = {w.world_size: w for w in tried}
     most = max(SMALLEST_SHARDS // max(len(tables), 1), node)
     best = min((w for w in tried if w.fits), key=lambda w: w.world_size, default=None)
@@ -61,13 +64,17 @@ class HostMemory:
 
 
 def host_memory(config: Config, hardware: Hardware, world: World) -> list[HostMemory]:
-    """For each cache size, the fewest of the largest tables whose move lets the plan exist."""
+    """For each cache size, the fewest of the largest tables whose move lets the plan exist; none are left to move where all are there."""
     size = {t: 4.0 * rows * dim + optimizer_bytes(config, t, rows, dim) for t, (rows, dim) in config.tables_read.items()}
-    order = sorted(size, key=lambda t: -size[t])
+    allowed = constraints(config, hardware.local_world_size(world.world_size), world.world_size, hardware.device)
+    order = sorted((t for t in size if allowed[t].compute_kernels == [KERNELS["device"]]), key=lambda t: -size[t])
+    if not order:
+        return []
+    cached = sum(size[t] * c.cache_params.load_factor for t, c in allowed.items() if c.cache_params)  # of those there already
     out = []
     for factor in CACHES:
         kernel = EmbeddingComputeKernel.FUSED_UVM_CACHING if factor else EmbeddingComputeKernel.FUSED_UVM
-        room = 0.95 * world.available * world.world_size  # buffers and uneven shards want some
+        room = 0.95 * world.available * world.world_size - cached  # buffers and uneven shards want some
         moved = 0
         while moved < len(order) and sum(size[t] for t in order[moved:]) + (factor or 0) * sum(size[t] for t in order[:moved]) > room:
             moved += 1

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption, Stats
 
@@ -157,7 +158,7 @@ def plan_world(
             world.misfit = [f"the dense model alone: TorchRec reserves {gib(need)} for it, a rank has {gib(world.capacity)}"]
         else:
             world.available = hardware.memory_in(reservation.last_reserved_topology)
-            world.misfit = list(_misfit(world, hardware, best.considered, str(e)))
+            world.misfit = list(_misfit(hardware, reservation.last_reserved_topology, best.considered, str(e)))
     return world
 
 
@@ -207,38 +208,51 @@ def dense_bytes(config: Config, model: nn.Module) -> float:
     return 4.0 * dense_parameters(model) * (2 + state)
 
 
-def _misfit(world: World, hardware: Hardware, options: list[ShardingOption], planner: str) -> Iterator[str]:
-    """Which tables do not fit, and by how much."""
+def _misfit(hardware: Hardware, reserved: Topology, options: list[ShardingOption], planner: str) -> Iterator[str]:
+    """Which tables do not fit, in which memory, and by how much.
+
+    Args:
+        reserved: what TorchRec leaves for tables.
+    """
     by_table: dict[str, list[ShardingOption]] = {}
     for option in options:
         by_table.setdefault(option.name, []).append(option)
+    memories = {"hbm": "", "ddr": " of host memory"} if hardware.device == "cuda" else {"ddr": ""}
+    lacking = [m for memory, of in memories.items() for m in _lacking(memory, of, hardware, reserved, by_table)]
+    yield from lacking
+    if not lacking:
+        totals = {t: min(sum(s.storage.hbm + s.storage.ddr for s in o.shards) for o in own) for t, own in by_table.items()}
+        top = sorted(totals, key=lambda t: -totals[t])[:LISTED]
+        reason = planner.strip().splitlines()[-1].strip()
+        yield f"the tables would fit in sum but cannot be laid out ({', '.join(map(repr, top))} are the largest): {reason}"
+
+
+def _lacking(memory: str, of: str, hardware: Hardware, reserved: Topology, by_table: dict[str, list[ShardingOption]]) -> Iterator[str]:
+    """What one memory, `of` this name, is too small for."""
 
     def largest(option: ShardingOption) -> float:
-        return max(getattr(s.storage, hardware.memory) for s in option.shards)
+        return max(getattr(s.storage, memory) for s in option.shards)
 
     def whole(option: ShardingOption) -> float:
-        return sum(getattr(s.storage, hardware.memory) for s in option.shards)
+        return sum(getattr(s.storage, memory) for s in option.shards)
 
+    world_size, available = reserved.world_size, hardware.memory_in(reserved, memory)
     needs = {t: min(map(largest, o)) for t, o in by_table.items()}
     totals = {t: min(map(whole, o)) for t, o in by_table.items()}
-    have = f"a rank has {gib(world.available)} for tables (of {gib(world.capacity)})"
-    alone = sorted((t for t in needs if needs[t] > world.available), key=lambda t: -needs[t])
+    have = f"a rank has {gib(available)}{of} for tables (of {gib(hardware.memory_in(hardware.topology(world_size), memory))})"
+    alone = sorted((t for t in needs if needs[t] > available), key=lambda t: -needs[t])
     for t in alone[:LISTED]:
         option = min(by_table[t], key=largest)
         yield (
             f"table {t!r} ({option.tensor.shape[0]:,} rows x {option.tensor.shape[1]}) does not fit by itself: {option.sharding_type}, "
-            f"one rank would hold {gib(needs[t])}, {have}: {gib(needs[t] - world.available)} too much"
+            f"one rank would hold {gib(needs[t])}, {have}: {gib(needs[t] - available)} too much"
         )
     if len(alone) > LISTED:
         yield f"{len(alone) - LISTED} more tables do not fit by themselves: {', '.join(map(repr, alone[LISTED:]))}"
-    total, room = sum(totals.values()), world.available * world.world_size
+    total, room = sum(totals.values()), available * world_size
     if total > room:
         top = sorted(totals, key=lambda t: -totals[t])[:LISTED]
         yield (
-            f"all tables together need {gib(total)}, {world.world_size} rank(s) have {gib(max(room, 0))} for them: "
+            f"all tables together need {gib(total)}{of}, {world_size} rank(s) have {gib(max(room, 0))} for them: "
             f"{gib(total - room)} too much; the largest are {', '.join(f'{t!r} ({gib(totals[t])})' for t in top)}"
         )
-    elif not alone:
-        top = sorted(totals, key=lambda t: -totals[t])[:LISTED]
-        reason = planner.strip().splitlines()[-1].strip()
-        yield f"the tables would fit in sum but cannot be laid out ({', '.join(map(repr, top))} are the largest): {reason}"

@@ -305,6 +305,14 @@ def test_a_changed_model_is_published_whole(run, tiny_data, tmp_path):
         Predictor(folder / "000000-full").prepare(tmp_path / "delta")
 
 
+@pytest.mark.parametrize("tables", [{}, {"user": {"memory": "cached", "cache": 0.1, "sharding": ["row_wise"]}}])
+def test_where_tables_lie_in_training_is_nothing_to_serving(exported, tables):
+    """Nor do manifests that are older than an option differ by it; another table does."""
+    manifest = Predictor(exported).manifest
+    assert manifest.serves_like({**manifest.config, "tables": tables}, manifest.columns)
+    assert not manifest.serves_like({**manifest.config, "features": manifest.config["features"][1:]}, manifest.columns)
+
+
 def test_a_run_that_was_begun_anew_is_another(tiny_data, tmp_path):
     """Of the same names, but a delta since its checkpoint is none since what was published, which would be served half changed."""
     config, folder = (

@@ -157,7 +157,8 @@ def test_tables_in_host_memory(tiny_data, tmp_path, sharding, memory, optimizer)
     raw["features"] += [{"kind": "sequence", "column": "tags", "dim": 64, **s} for s in SEQUENCES]
     memories = ["host", "cached", "device"] if memory == "mixed" else [memory] * 3
     raw["tables"] = {
-        t: {"sharding": [sharding], "memory": m, "cache": 0.1} for t, m in zip(("user", "item", "shelf"), memories, strict=True)
+        t: {"sharding": [sharding], "memory": m, **({"cache": 0.1} if m == "cached" else {})}
+        for t, m in zip(("user", "item", "shelf"), memories, strict=True)
     }
     assert_equals_plain_pytorch_on_cpu(parse_config(raw), weights=optimizer == "sgd")
 
@@ -168,7 +169,7 @@ def test_tables_in_host_memory_leave_the_device_free(tiny_data, tmp_path):
     for memory in ("device", "host", "cached"):
         raw = tiny.raw(tiny_data, tmp_path, cluster={"device": "cuda"}, optimizer={"tables": {"kind": "adagrad"}})
         raw["features"][0] |= {"rows": 16_384, "dim": 64}  # 4 MiB, and as much state
-        raw["tables"] = {"user": {"memory": memory, "cache": 0.25}}
+        raw["tables"] = {"user": {"memory": memory, **({"cache": 0.25} if memory == "cached" else {})}}
         config, before = parse_config(raw), torch.cuda.memory_allocated()
         with process_group(config) as here:
             training = training_of(config, here)
